@@ -187,7 +187,7 @@ class KeyValueCache:
     def reserve(self, tokens: int, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Take the next `tokens` slots for a call. Returns the slots (tokens,) and who is present (batch, length)."""
         slots = self.filled + torch.arange(tokens, device=self.filled.device)
-        new = self.present.new_ones(len(self.present), tokens) if attention_mask is None else attention_mask
+        new = self.present.new_ones(len(self.present), tokens) if attention_mask is None else attention_mask.bool()
         self.present.index_copy_(1, slots, new)
         self.filled += tokens
         return slots, self.present
@@ -307,16 +307,17 @@ class Falcon(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Logits. `attention_mask` (batch, tokens) is 0 on padding; with a cache it speaks of this call's tokens alone.
 
+        Where records share a row, it is 1 for the tokens of the first, 2 for those of the second, ...: a token sees those of its own
+        number. Positions go on: rotary and ALiBi know differences alone (up to ALiBi's rounding, beyond position 256).
+
         A batch padded on the right needs no mask: no token looks to its right. Without one attention takes its fastest path.
         """
         return self.lm_head(self.hidden_states(input_ids, attention_mask, cache))
 
     def hidden_states(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """What the head reads, (batch, tokens, hidden_size): for a loss in chunks, or a head on the last token alone."""
-        if attention_mask is not None:
-            if attention_mask.shape != input_ids.shape:
-                raise ValueError(f"attention_mask {tuple(attention_mask.shape)} is not of input_ids' shape {tuple(input_ids.shape)}")
-            attention_mask = attention_mask.bool()
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask {tuple(attention_mask.shape)} is not of input_ids' shape {tuple(input_ids.shape)}")
         x = self.transformer.word_embeddings(input_ids)                               # (batch, tokens, hidden_size)
         context = self._context(input_ids.shape[1], attention_mask, cache, x)
         recompute = self.checkpointing and torch.is_grad_enabled()
@@ -324,22 +325,21 @@ class Falcon(nn.Module):
             x = checkpoint(block, x, context, use_reentrant=False) if recompute else block(x, context)
         return self.transformer.ln_f(x)
 
-    def _context(self, tokens: int, present: Tensor | None, cache: KeyValueCache | None, x: Tensor) -> Context:
+    def _context(self, tokens: int, record: Tensor | None, cache: KeyValueCache | None, x: Tensor) -> Context:
         config = self.config
         if cache is None:
             slots = torch.arange(tokens, device=x.device)
         else:
-            slots, present = cache.reserve(tokens, present)
+            slots, record = cache.reserve(tokens, record)
         # (1, tokens) or (batch, length); padding stands at 0
-        positions = slots[None] if present is None else (present.cumsum(dim=1) - 1) * present
+        positions = slots[None] if record is None else ((record > 0).cumsum(dim=1) - 1) * (record > 0)
         mask = None
-        if present is not None or config.alibi:
+        if record is not None or config.alibi:
             key_slots = torch.arange(positions.shape[1], device=x.device)
             mask = (key_slots <= slots[:, None])[None, None]                          # (1, 1, tokens, length)
-            if present is not None:
-                # A token of padding sees itself: a row of scores that are all masked would be NaN.
-                itself = key_slots == slots[:, None]
-                mask = mask & (present[:, None, None] | itself)                       # (batch, 1, tokens, length)
+            if record is not None:
+                # Padding sees padding, itself at least: a row of scores that are all masked would be NaN.
+                mask = mask & (record[:, slots, None] == record[:, None])[:, None]    # (batch, 1, tokens, length)
         rotary = None
         if config.alibi:
             bias = alibi_bias(positions, config.num_attention_heads, config.head_dim, x.dtype)
