@@ -300,10 +300,12 @@ class Batch(NamedTuple):
 
     input_ids: Tensor                                              # (batch, tokens) int64
     labels: Tensor                                                 # (batch, tokens) int64
+    learned: Tensor                                                # (learned,) int64: where labels.flatten() is not -100
     attention_mask: Tensor | None                                  # (batch, tokens) int64, the number of its record; None: one record a row
+    tokens: int                                                    # without padding
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self))
+        return Batch(*(part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in self))
 
 
 def collate(examples: list[Example], pad: int, multiple: int = 1) -> Batch:
@@ -318,7 +320,9 @@ def collate(examples: list[Example], pad: int, multiple: int = 1) -> Batch:
         labels[row, :tokens] = torch.where(example.learned, example.ids.long(), IGNORE)
         record[row, :tokens] = torch.arange(1, len(example.lengths) + 1).repeat_interleave(torch.tensor(example.lengths))
     packed = any(len(example.lengths) > 1 for example in examples)
-    return Batch(input_ids, labels, record if packed else None)
+    # Found here, where the labels lie on the CPU: on a GPU the search would wait for the device.
+    learned = (labels.flatten() != IGNORE).nonzero().flatten()
+    return Batch(input_ids, labels, learned, record if packed else None, sum(len(example.ids) for example in examples))
 
 
 def order_of_epoch(lengths: list[int], batch_size: int, seed: int, epoch: int, grouped: bool = True) -> list[list[int]]:

@@ -11,7 +11,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from minqlora.data import (
     IGNORE,
-    Batch,
     Example,
     Template,
     batches,
@@ -191,7 +190,9 @@ def test_padding_is_out_of_the_loss_by_length_although_its_id_is_eos(tokenizer, 
         tokens = len(example.ids)
         assert batch.labels[row, tokens - 1] == EOS, "the closing eos is in the loss"
         assert (batch.input_ids[row, tokens:] == EOS).all() and (batch.labels[row, tokens:] == IGNORE).all()
-    assert int((batch.labels != IGNORE).sum()) == sum(int(example.learned.sum()) for example in examples)
+    assert len(batch.learned) == sum(int(example.learned.sum()) for example in examples)
+    assert torch.equal(batch.labels.flatten()[batch.learned], batch.labels[batch.labels != IGNORE])
+    assert batch.tokens == sum(len(example.ids) for example in examples) < batch.input_ids.numel()
 
 
 # Template
@@ -284,8 +285,9 @@ def test_a_packed_batch_numbers_the_tokens_of_each_record():
 
 
 def test_a_batch_moves_as_a_whole():
-    batch = Batch(torch.zeros(1, 2), torch.ones(1, 2), None).to("meta")
-    assert batch.input_ids.device.type == batch.labels.device.type == "meta" and batch.attention_mask is None
+    batch = collate(rows(3), pad=0).to("meta")
+    assert {part.device.type for part in batch if isinstance(part, torch.Tensor)} == {"meta"}
+    assert batch.attention_mask is None and batch.tokens == 3
 
 
 # Held-out records
