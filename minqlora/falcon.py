@@ -221,7 +221,11 @@ class FalconAttention(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        qkv = self.query_key_value(x).unflatten(-1, (self.kv_heads, self.group + 2, self.head_dim))
+        return self.dense(self.mix(self.query_key_value(x), context))
+
+    def mix(self, qkv: Tensor, context: Context) -> Tensor:
+        """What stands between the two linears: each token's weighted mean of the values it may see, (batch, tokens, hidden_size)."""
+        qkv = qkv.unflatten(-1, (self.kv_heads, self.group + 2, self.head_dim))
         query_key, value = qkv.split((self.group + 1, 1), dim=3)
         if context.rotary is not None:
             query_key = rotate(query_key, *context.rotary)
@@ -234,7 +238,7 @@ class FalconAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=context.mask, is_causal=context.mask is None, dropout_p=self.dropout if self.training else 0.0
         )
-        return self.dense(mixed.transpose(1, 2).flatten(2))
+        return mixed.transpose(1, 2).flatten(2)
 
     def _for_every_head(self, x: Tensor) -> Tensor:
         # A view for multi-query, no copy. `enable_gqa=True` would say the same, but rules out the fused kernels that take a mask.
