@@ -82,7 +82,7 @@ def quantize_4bit(weight: Tensor, code: Tensor = NF4, blocksize: int = 64) -> tu
     if weight.is_cuda:
         from minqlora.kernels.quantize_4bit import quantize_4bit as kernel
 
-        return kernel(weight, code.to(weight.device), blocksize)
+        return kernel(weight, code, blocksize)
 
     n = weight.numel()
     flat = weight.detach().reshape(-1)                             # (n,)
