@@ -1,0 +1,177 @@
+"""y = x · W^T with W in 4 bits, and its gradient: the product that every linear of the model runs on a GPU.
+
+Two ways lead to it, and the number of rows of x decides. What a row is: one token.
+
+1. **Few rows** (a decode step, a short prompt): the time is that of reading W. `few_rows.py` decodes it inside the product, so the
+   packed 0.52 byte a weight is all that moves.
+2. **Many rows** (training, a long prompt): the time is that of multiplying, and cuBLAS multiplies better than any kernel that also
+   decodes. `dequantize_4bit.py` writes W to a workspace in one launch, and cuBLAS reads it from there. The price is one pass
+   over W, the same whatever the rows, so its share shrinks as they grow.
+
+The gradient of x is the same choice with W not transposed. W itself is frozen; the bias and the two LoRA tensors get theirs.
+
+**Why the operators are registered.** `torch.compile` cannot look into a Triton launch and does not have to: each operator below
+comes with a fake implementation that says only what shape and type come out. One graph, no break.
+
+**The workspace** comes from PyTorch's own allocator, at each call. That is what makes it safe: the allocator keeps a tensor to the
+stream it was asked for on, and a CUDA graph under capture gets memory of its own. A buffer kept in a global would be shared
+by streams that know nothing of each other.
+"""
+
+import torch
+from torch import Tensor
+
+from minqlora.kernels import few_rows
+from minqlora.kernels.dequantize_4bit import dequantize_4bit
+
+# From this many rows on, dequantize + cuBLAS.
+MANY_ROWS = 65
+
+
+def matmul_4bit(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    out_features: int,
+    in_features: int,
+    blocksize: int,
+    nested: tuple[Tensor, Tensor, Tensor, int] | None = None,
+    bias: Tensor | None = None,
+    lora_xa: Tensor | None = None,
+    lora_B: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """y = x W^T + bias + scale * lora_xa lora_B^T, with W = dequant(packed): (..., in_features) -> (..., out_features).
+
+    nested = (absmax2, offset, code2, blocksize2): then absmax holds its 8-bit codes, as double_quant.py makes them.
+    lora_xa (..., rank) is x · lora_A^T; lora_B is (out_features, rank).
+    """
+    check(x, packed, absmax, out_features, in_features, blocksize, lora_xa, lora_B)
+    absmax2, offset, code2, blocksize2 = nested or (None, None, None, 0)
+    return product(
+        x, packed, absmax, code, out_features, in_features, blocksize, absmax2, offset, code2, blocksize2, bias, lora_xa, lora_B, scale
+    )
+
+
+def check(x, packed, absmax, out_features, in_features, blocksize, lora_xa, lora_B) -> None:
+    """What a caller can get wrong."""
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"x has dtype {x.dtype}; the kernels compute in float32, float16 or bfloat16")
+    if x.shape[-1] != in_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be in_features = {in_features}")
+    n = out_features * in_features
+    if packed.numel() != (n + 1) // 2:
+        raise ValueError(f"packed holds {packed.numel()} bytes; a {out_features} x {in_features} weight needs {(n + 1) // 2}")
+    if absmax.numel() != -(-n // blocksize):
+        raise ValueError(f"absmax holds {absmax.numel()} blocks; a {out_features} x {in_features} weight has {-(-n // blocksize)}")
+    if (lora_xa is None) != (lora_B is None):
+        raise ValueError("lora_xa and lora_B come together; one of them is None")
+    if lora_B is not None and (lora_B.shape[0] != out_features or lora_xa.shape != (*x.shape[:-1], lora_B.shape[1])):
+        wanted = f"{(*x.shape[:-1], 'rank')} and {(out_features, 'rank')}"
+        raise ValueError(f"lora_xa has shape {tuple(lora_xa.shape)} and lora_B {tuple(lora_B.shape)}; they must be {wanted}")
+
+
+@torch.library.custom_op("minqlora::matmul_4bit", mutates_args=())
+def product(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    out_features: int,
+    in_features: int,
+    blocksize: int,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    code2: Tensor | None,
+    blocksize2: int,
+    bias: Tensor | None,
+    lora_xa: Tensor | None,
+    lora_B: Tensor | None,
+    scale: float,
+) -> Tensor:
+    nested = None if absmax2 is None else (absmax2, offset, code2, blocksize2)
+    flat = x.reshape(-1, in_features)                              # (rows, in_features)
+    xa = None if lora_xa is None else lora_xa.reshape(-1, lora_B.shape[1]).to(x.dtype)     # (rows, rank)
+    with torch.cuda.device_of(x):
+        if 0 < flat.shape[0] < MANY_ROWS and in_features % 2 == 0:
+            y = few_rows.product(unit_stride(flat), packed, absmax, code, out_features, blocksize, nested, bias, xa, lora_B, scale)
+        else:
+            weight = dequantize_4bit(packed, absmax, (out_features, in_features), code, blocksize, x.dtype, nested)
+            y = add_product(None if bias is None else bias.to(x.dtype), flat, weight, xa, lora_B, scale)
+    return y.reshape(*x.shape[:-1], out_features)                  # (..., out_features)
+
+
+def add_product(bias, x, weight, xa, lora_B, scale) -> Tensor:
+    """bias + scale xa lora_B^T + x W^T, all into one output. The small terms go first: what comes last is rounded once only."""
+    begin, beta = (x.new_zeros(()), 0) if bias is None else (bias, 1)
+    if xa is None:
+        return torch.addmm(begin, x, weight.T, beta=beta)
+    y = torch.addmm(begin, xa, lora_B.to(x.dtype).T, beta=beta, alpha=scale)
+    return y.addmm_(x, weight.T)
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """The kernels walk along a row one value at a time; rows may lie apart."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+@product.register_fake
+def _(x, packed, absmax, code, out_features, *rest):
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@torch.library.custom_op("minqlora::matmul_4bit_grad", mutates_args=())
+def product_grad(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    code: Tensor,
+    out_features: int,
+    in_features: int,
+    blocksize: int,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    code2: Tensor | None,
+    blocksize2: int,
+) -> Tensor:
+    """dx = dy W: (..., out_features) -> (..., in_features)."""
+    nested = None if absmax2 is None else (absmax2, offset, code2, blocksize2)
+    flat = dy.reshape(-1, out_features)                            # (rows, out_features)
+    with torch.cuda.device_of(dy):
+        if 0 < flat.shape[0] < MANY_ROWS and in_features % 2 == 0:
+            dx = few_rows.grad(unit_stride(flat), packed, absmax, code, in_features, blocksize, nested)
+        else:
+            dx = flat @ dequantize_4bit(packed, absmax, (out_features, in_features), code, blocksize, dy.dtype, nested)
+    return dx.reshape(*dy.shape[:-1], in_features)                 # (..., in_features)
+
+
+@product_grad.register_fake
+def _(dy, packed, absmax, code, out_features, in_features, *rest):
+    return dy.new_empty(*dy.shape[:-1], in_features)
+
+
+def setup_context(ctx, inputs, output):
+    _, packed, absmax, code, *sizes, absmax2, offset, code2, blocksize2, bias, lora_xa, lora_B, scale = inputs
+    # Keep the 4-bit weight and decode it again: 0.52 byte a parameter that lies in the model anyway, not 2 more.
+    ctx.save_for_backward(packed, absmax, code, absmax2, offset, code2, lora_xa, lora_B)
+    ctx.sizes, ctx.blocksize2, ctx.scale, ctx.bias_dtype = sizes, blocksize2, scale, None if bias is None else bias.dtype
+
+
+def backward(ctx, dy):
+    packed, absmax, code, absmax2, offset, code2, lora_xa, lora_B = ctx.saved_tensors
+    needed = dict(zip(("x", "bias", "lora_xa", "lora_B"), (ctx.needs_input_grad[i] for i in (0, 11, 12, 13)), strict=True))
+    dx = dbias = dxa = dB = None
+    if needed["x"]:
+        dx = product_grad(dy, packed, absmax, code, *ctx.sizes, absmax2, offset, code2, ctx.blocksize2)
+    if needed["bias"]:
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0).to(ctx.bias_dtype)        # (out_features,)
+    if needed["lora_xa"]:
+        dxa = (ctx.scale * (dy @ lora_B.to(dy.dtype))).to(lora_xa.dtype)                   # (..., rank)
+    if needed["lora_B"]:
+        dB = dy.reshape(-1, dy.shape[-1]).T @ lora_xa.reshape(-1, lora_xa.shape[-1]).to(dy.dtype)
+        dB = (ctx.scale * dB).to(lora_B.dtype)                     # (out_features, rank)
+    return dx, *[None] * 10, dbias, dxa, dB, None
+
+
+product.register_autograd(backward, setup_context=setup_context)
