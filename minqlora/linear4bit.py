@@ -52,8 +52,9 @@ class Product4bit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        weight = dequantize(*ctx.saved_tensors, ctx.shape, ctx.blocksize, grad_y.dtype)
-        return grad_y @ weight, *[None] * (2 + len(ctx.saved_tensors))         # (..., in_features)
+        stored = ctx.saved_tensors                                             # once: checkpointing lets it be unpacked no second time
+        weight = dequantize(*stored, ctx.shape, ctx.blocksize, grad_y.dtype)
+        return grad_y @ weight, *[None] * (2 + len(stored))                    # (..., in_features)
 
 
 def dequantize(weight, absmax, nested_absmax, nested_offset, code, shape, blocksize, dtype) -> Tensor:
