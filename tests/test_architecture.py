@@ -19,7 +19,7 @@ ARROWS = {
     "load": {"nf4", "falcon", "qlora"},
     "data": set(),
     "optim": set(),
-    "train": set(),
+    "train": {"data"},
     "generate": set(),
     "plan": {"falcon"},
     "fast": {"falcon", "qlora", "kernels"},
