@@ -1,0 +1,137 @@
+"""The fused block and loss against the readable ones: the same numbers, forward and backward."""
+
+import copy
+
+import pytest
+import torch
+
+from minqlora.data import Batch
+from minqlora.falcon import Falcon, FalconConfig
+from minqlora.fast import drop, fuse, fused_loss
+from minqlora.qlora import add_lora, quantize_linears
+from minqlora.train import answer_loss
+
+SMALL = dict(vocab_size=97, hidden_size=96, num_hidden_layers=3, num_attention_heads=6)
+VARIANTS = {
+    "7b": FalconConfig(**SMALL),
+    "40b": FalconConfig(**SMALL, num_kv_heads=2, new_decoder_architecture=True),
+    "11B": FalconConfig(**SMALL, num_kv_heads=2, new_decoder_architecture=True, num_ln_in_parallel_attn=1, tie_word_embeddings=False),
+}
+
+
+def adapted(config, device="cpu", dtype=torch.float32, dropout=0.0):
+    torch.manual_seed(0)
+    model = Falcon(config).to(device, dtype)
+    quantize_linears(model)
+    add_lora(model, rank=4, alpha=8, dropout=dropout)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.05)
+    return model
+
+
+def a_batch(vocab_size, device="cpu"):
+    ids = torch.randint(vocab_size, (2, 40), device=device)
+    labels = ids.clone()
+    labels[:, :10] = -100
+    labels[1, 30:] = -100
+    return Batch(ids, labels, learned=(labels.flatten() != -100).nonzero().flatten(), attention_mask=None, tokens=80)
+
+
+def loss_and_gradients(model, batch, loss):
+    total = loss(model, batch)
+    total.backward()
+    return total.detach(), {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("keep_blocks", [0, 1, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_fused_block_and_loss_give_the_loss_and_gradients_of_the_readable_ones(variant, keep_blocks):
+    model, batch = adapted(VARIANTS[variant]), a_batch(97)
+    expected, gradients = loss_and_gradients(model, batch, answer_loss)
+
+    fused = copy.deepcopy(model)
+    fused.zero_grad()
+    config = fused.config
+    rows = (config.num_attention_heads + 2 * config.num_kv_heads) * config.head_dim
+    a_block = 80 * 4 * (config.ffn_hidden_size + 2 * rows + config.hidden_size)
+    fuse(fused, keep_bytes=keep_blocks * a_block)
+    # Chunks of 7 tokens: the last one is ragged.
+    actual, fused_gradients = loss_and_gradients(fused, batch, lambda model, batch: fused_loss(model, batch, chunk=7))
+
+    # Both sides sum at most 384 + 2 * 4 products in float32, in another order, through 3 layers forward and back: some
+    # sqrt(400) * 6 roundings of 6e-8, relative to the size of the whole tensor.
+    tolerance = 400**0.5 * 6 * 6e-8 * 2
+    assert abs(actual - expected) <= tolerance * expected
+    for name, gradient in gradients.items():
+        assert (fused_gradients[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+def test_kept_blocks_leave_no_work_but_take_their_memory():
+    model, batch = adapted(VARIANTS["7b"]), a_batch(97)
+    saved = []
+    for keep in (0, 10**9):
+        fuse(model, keep_bytes=keep)
+        total = fused_loss(model, batch)
+        nodes, kept = [total.grad_fn], 0
+        while nodes:
+            node = nodes.pop()
+            kept += getattr(node, "kept", None) is not None
+            nodes += [following for following, _ in node.next_functions if following is not None]
+        saved.append(kept)
+    assert saved == [0, 3]
+
+
+def test_dropout_of_the_fused_block_is_the_same_forward_and_backward():
+    """With the seeds fixed, the loss is a smooth function of the adapters: its gradient is the slope of the loss."""
+    model, batch = adapted(VARIANTS["7b"], dropout=0.3), a_batch(97)
+    fuse(model)
+
+    def loss():
+        torch.manual_seed(1)
+        return fused_loss(model, batch)
+
+    loss().backward()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    slope = sum(p.grad.square().sum() for p in parameters).item()
+    step = 1e-2 / slope**0.5                       # a move of 0.01 along the unit gradient
+    with torch.no_grad():
+        directions = [p.grad / slope**0.5 * 1e-2 for p in parameters]
+        for p, d in zip(parameters, directions, strict=True):
+            p += d
+        up = loss().item()
+        for p, d in zip(parameters, directions, strict=True):
+            p -= 2 * d
+        down = loss().item()
+    # A central difference over 2 * 0.01: the error is of third order in the step, and the loss has 7 digits.
+    assert (up - down) / 2 == pytest.approx(step * slope, rel=1e-2)
+
+
+def test_dropout_drops_the_share_it_was_asked_for_and_keeps_the_mean():
+    x = torch.ones(1000, 100)
+    dropped = drop(x, 0.1, torch.tensor(12345))
+    share = (dropped == 0).float().mean().item()
+    # 100 000 draws: the share's deviation is sqrt(0.1 * 0.9 / 1e5) = 0.00095; five of them.
+    assert abs(share - 0.1) < 5 * 0.00095
+    assert torch.equal(dropped[dropped > 0].unique(), torch.tensor([1 / 0.9]))
+    assert not torch.equal(dropped, drop(x, 0.1, torch.tensor(12346)))
+
+
+def test_what_the_fused_block_cannot_do_is_refused():
+    bare = Falcon(VARIANTS["7b"])
+    with pytest.raises(ValueError, match="without an adapter: transformer.h.0"):
+        fuse(bare)
+    sequential = adapted(FalconConfig(**SMALL, multi_query=False, alibi=True, parallel_attn=False))
+    with pytest.raises(ValueError, match="parallel"):
+        fuse(sequential)
+
+
+def test_a_fused_model_decodes_as_before():
+    model = adapted(VARIANTS["7b"]).eval()
+    ids = torch.randint(97, (1, 12))
+    with torch.no_grad():
+        expected = model(ids)
+        fuse(model)
+        cache = model.new_cache(1, 12)
+        parts = torch.cat([model(ids[:, :8], cache=cache), model(ids[:, 8:], cache=cache)], dim=1)
+    torch.testing.assert_close(parts, expected, rtol=1e-4, atol=1e-5)
