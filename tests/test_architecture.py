@@ -22,7 +22,7 @@ ARROWS = {
     "train": {"data"},
     "generate": set(),
     "plan": {"falcon"},
-    "fast": {"falcon", "qlora", "kernels"},
+    "fast": {"falcon", "lora", "kernels"},
     "parallel": {"qlora", "train"},
 }
 
