@@ -109,7 +109,7 @@ def quantize_kernel(
     else:
         # A maximum over nothing but NaN is what it started from, the lowest float.
         largest = tl.maximum(flush(largest), -3.4028234663852886e38)
-        scaled = multiply(w, reciprocal(largest, ASM)[:, None], ASM)
+        scaled = multiply(w if ASM else flush(w), reciprocal(largest, ASM)[:, None], ASM)
     tl.store(absmax + tile * ROWS + rows, largest, mask=rows < blocks_left)
 
     # A maximum with NaN is the other number: -1, which gets the lowest code. That also takes back a rounding beyond -1.
