@@ -31,8 +31,8 @@ TILE = 2048                                                        # values a pr
 
 @triton.jit
 def dequantize_kernel(
-    packed, absmax, absmax2, offset, code2, code, out, n, n_bytes, n_blocks,
-    BLOCK: tl.constexpr, BLOCK2: tl.constexpr, ROWS: tl.constexpr, ASM: tl.constexpr,
+    packed, absmax, absmax2, offset, code2, code, out, n, n_bytes, n_blocks, row_blocks, row_stride,
+    BLOCK: tl.constexpr, BLOCK2: tl.constexpr, ROWS: tl.constexpr, STRIDED: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS blocks. absmax2 is None where absmax is not quantized itself."""
     tile = tl.program_id(0).to(tl.int64)
@@ -53,7 +53,20 @@ def dequantize_kernel(
 
     inside = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]                              # (ROWS, BLOCK)
     values = values.to(out.dtype.element_ty)
-    tl.store(out + tile * (ROWS * BLOCK) + inside, values, mask=inside < values_left, eviction_policy="evict_first")
+    if STRIDED:
+        # A row of out is row_blocks blocks and then a gap: each block is placed by itself.
+        block = tile.to(tl.int32) * ROWS + rows
+        row = block // row_blocks
+        start = row.to(tl.int64) * row_stride + (block - row * row_blocks) * BLOCK             # (ROWS,)
+        where = start[:, None] + tl.arange(0, BLOCK)[None, :]
+    else:
+        where = tile * (ROWS * BLOCK) + inside
+    tl.store(out + where, values, mask=inside < values_left, eviction_policy="evict_first")
+
+
+def fits(out: Tensor, blocksize: int) -> bool:
+    """Contiguous, or the columns of a wider matrix with whole blocks in each row."""
+    return out.is_contiguous() or (out.ndim == 2 and out.stride(1) == 1 and out.shape[1] % blocksize == 0)
 
 
 def launch(
@@ -62,14 +75,17 @@ def launch(
 ) -> None:  # fmt: skip
     n = out.numel()
     n_blocks = triton.cdiv(n, blocksize)
-    assert out.is_contiguous() and packed.numel() == (n + 1) // 2 and absmax.numel() == n_blocks
+    assert fits(out, blocksize) and packed.numel() == (n + 1) // 2 and absmax.numel() == n_blocks
     assert absmax2 is None or absmax2.numel() == triton.cdiv(n_blocks, blocksize2)
     rows = max(1, TILE // blocksize)
+    strided = not out.is_contiguous()
+    row_blocks, row_stride = (out.shape[1] // blocksize, out.stride(0)) if strided else (0, 0)
     if n:
         with torch.cuda.device_of(packed):
             dequantize_kernel[triton.cdiv(n_blocks, rows),](
                 packed.contiguous(), absmax.contiguous(), absmax2, offset, code2, code, out, n, packed.numel(), n_blocks,
-                BLOCK=blocksize, BLOCK2=blocksize2, ROWS=rows, ASM=packed.is_cuda, num_warps=1, enable_fp_fusion=False,
+                row_blocks, row_stride, BLOCK=blocksize, BLOCK2=blocksize2, ROWS=rows, STRIDED=strided, ASM=packed.is_cuda,
+                num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip
 
 
@@ -103,14 +119,18 @@ def dequantize_4bit(
 ) -> Tensor:  # fmt: skip
     """The weight in dtype. With nested = (absmax2, offset, code2, blocksize2), absmax holds the 8-bit codes of the absmaxes.
 
-    With out, a contiguous tensor of that shape and dtype, the values go there.
+    With out, a tensor of that shape and dtype, the values go there. It is contiguous, or some columns of a wider matrix, if a row is
+    whole blocks: so a merged product has its weights side by side.
     """
     absmax2, offset, code2, blocksize2 = nested or (None, None, None, 1)
     if out is None:
         return torch.ops.minqlora.dequantize_4bit.default(
             packed, absmax, absmax2, offset, code2, blocksize2, code, blocksize, shape, dtype
         )
-    if tuple(out.shape) != tuple(shape) or out.dtype != dtype or not out.is_contiguous():
-        raise ValueError(f"out is {out.dtype} of shape {tuple(out.shape)}; it must be contiguous {dtype} of shape {tuple(shape)}")
+    if tuple(out.shape) != tuple(shape) or out.dtype != dtype or not fits(out, blocksize):
+        raise ValueError(
+            f"out is {out.dtype} of shape {tuple(out.shape)}, strides {out.stride()}; it must be {dtype} of shape {tuple(shape)}, "
+            f"contiguous, or with contiguous rows of whole blocks of {blocksize}"
+        )
     torch.ops.minqlora.dequantize_4bit.out(packed, absmax, absmax2, offset, code2, blocksize2, code, blocksize, out=out)
     return out

@@ -173,10 +173,8 @@ def dequantize_into(base: nn.Module, out: Tensor) -> None:
     """The weight of a linear into a strided (out_features, in_features) view, in one launch on a GPU."""
     if isinstance(base, nn.Linear):
         out.copy_(base.weight)
-    elif out.is_cuda:
-        base.dequantize(out.dtype, out=out)
     else:
-        out.copy_(base.dequantize(out.dtype))
+        base.dequantize(out.dtype, out=out)
 
 
 class FusedBlock:

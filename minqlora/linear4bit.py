@@ -109,20 +109,30 @@ class Linear4bit(nn.Module):
         if x.is_cuda:
             from minqlora.kernels.matmul_4bit import matmul_4bit
 
-            nested = None if self.code2 is None else (self.nested_absmax, self.nested_offset, self.code2, NESTED_BLOCKSIZE)
             return matmul_4bit(
-                x, self.weight, self.absmax, self.code, self.out_features, self.in_features, self.blocksize, nested, self.bias
+                x, self.weight, self.absmax, self.code, self.out_features, self.in_features, self.blocksize, self._nested(), self.bias
             )
         y = Product4bit.apply(x, (self.out_features, self.in_features), self.blocksize, *self._stored())
         return y if self.bias is None else y + self.bias.to(y.dtype)           # (..., out_features)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return dequantize(*self._stored(), (self.out_features, self.in_features), self.blocksize, dtype)
+    def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        """W, (out_features, in_features), in dtype: a new tensor, or out, which may be some columns of a wider one."""
+        shape = (self.out_features, self.in_features)
+        if self.weight.is_cuda:
+            from minqlora.kernels.dequantize_4bit import dequantize_4bit as kernel
+
+            return kernel(self.weight, self.absmax, shape, self.code, self.blocksize, dtype, self._nested(), out)
+        weight = dequantize(*self._stored(), shape, self.blocksize, dtype)
+        return weight if out is None else out.copy_(weight)
 
     def extra_repr(self) -> str:
         stored = sum(p.numel() * p.element_size() for name, p in self.named_parameters() if name != "bias")
         bits = f"{8 * stored / (self.in_features * self.out_features):.3f} bits a parameter"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, {bits}"
+
+    def _nested(self):
+        """What the kernels take of double quantization."""
+        return None if self.code2 is None else (self.nested_absmax, self.nested_offset, self.code2, NESTED_BLOCKSIZE)
 
     def _stored(self):
         return self.weight, self.absmax, self.nested_absmax, self.nested_offset, self.code

@@ -164,3 +164,21 @@ def test_it_runs_on_the_stream_and_in_the_graph_it_is_called_in():
     still.copy_(packed)
     graph.replay()
     assert torch.equal(weight, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_lands_in_some_columns_of_a_wider_matrix_and_nowhere_else(dtype):
+    codes, absmax2, offset, absmax = doubly_quantized(33 * 2, 256)
+    packed = random_bytes(33 * 128)
+    wide = torch.full((33, 228), 7.0, dtype=dtype, device=DEVICE)
+    inputs = (tensor.to(DEVICE) for tensor in (absmax2, offset))
+    nested = (*inputs, CODE2, 256)
+    dequantize_4bit(packed.to(DEVICE), codes.to(DEVICE), (33, 128), NF4.to(DEVICE), 64, dtype, nested, out=wide[:, 50:178])
+    assert torch.equal(wide[:, 50:178].cpu(), nf4.dequantize_4bit(packed, absmax, (33, 128), dtype=dtype))
+    assert (wide[:, :50] == 7).all() and (wide[:, 178:] == 7).all()
+
+
+def test_columns_that_do_not_hold_whole_blocks_are_refused():
+    wide, packed, absmax = torch.empty(4, 200, device=DEVICE), random_bytes(4 * 96).to(DEVICE), torch.ones(6, device=DEVICE)
+    with pytest.raises(ValueError, match="whole blocks of 64"):
+        dequantize_4bit(packed, absmax, (4, 96), NF4.to(DEVICE), 64, torch.float32, out=wide[:, :96])
