@@ -1,4 +1,4 @@
-"""Safetensors on disk -> a Falcon in 4 bits, one tensor at a time.
+"""7. Safetensors on disk -> a Falcon in 4 bits, one tensor at a time.
 
 A checkpoint of falcon-7b is 14 GB; the model it becomes is 4 GB. Reading the one and then making the other would need both. So:
 
@@ -245,7 +245,10 @@ def save_falcon(model: Falcon, directory: str | Path, shard_bytes: int = 5 * 10*
         beside = Path(temporary)
         for name, shard in zip(names, shards, strict=True):
             # transformers refuses a file that does not say which framework's row order it has.
-            save_file({key: tensor.detach().contiguous() for key, tensor in shard.items()}, beside / name, metadata={"format": "pt"})
+            try:
+                save_file({key: tensor.detach().contiguous() for key, tensor in shard.items()}, beside / name, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"{directory} could not be written, and is as it was: {error}") from error
         files = list(names)
         if len(shards) > 1:
             weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
