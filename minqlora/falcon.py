@@ -1,4 +1,4 @@
-"""The Falcon decoder: one class for every Falcon that was published.
+"""6. The Falcon decoder: one class for every Falcon that was published.
 
 Five shapes share one skeleton: token embedding, blocks, a last LayerNorm, a head that maps back to the vocabulary.
 
@@ -72,7 +72,7 @@ class FalconConfig:
     attention_dropout: float = 0.0
     tie_word_embeddings: bool | None = None      # None: tied, unless a checkpoint holds a head of its own
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
     def __post_init__(self):
@@ -158,17 +158,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
-def alibi_slopes(heads: int) -> Tensor:
+def alibi_slopes(heads: int, device: torch.device | None = None) -> Tensor:
     """2^(-8 i / heads) for i = 1 .. heads; a count that is no power of two takes the rest between those of the next one."""
     power = 2 ** math.floor(math.log2(heads))
-    exponents = [-8 * i / power for i in range(1, power + 1)]
-    exponents += [-8 * i / (2 * power) for i in range(1, 2 * (heads - power), 2)]
-    return 2.0 ** torch.tensor(exponents, dtype=torch.float64)    # (heads,)
+    first = torch.arange(1, power + 1, device=device) / power                              # 1 / power, 2 / power, ... 1
+    rest = (2 * torch.arange(heads - power, device=device) + 1) / (2 * power)              # 1 / 2 power, 3 / 2 power, ...
+    return 2.0 ** (-8 * torch.cat((first, rest)))                                          # (heads,), float32
 
 
 def alibi_bias(positions: Tensor, heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
     """slope * position / sqrt(head_dim), with the three roundings to bf16 that Falcon was trained with."""
-    slopes = alibi_slopes(heads).to(positions.device).bfloat16()                   # (heads,)
+    slopes = alibi_slopes(heads, positions.device).bfloat16()                      # (heads,)
     bias = slopes[:, None] * positions[:, None].bfloat16()                         # (batch, heads, length), bf16
     return bias[:, :, None].to(dtype) / math.sqrt(head_dim)                        # (batch, heads, 1, length)
 

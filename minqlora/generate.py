@@ -1,4 +1,4 @@
-"""Sampling: one token at a time, with a key/value cache.
+"""11. Sampling: one token at a time, with a key/value cache.
 
 The prompt goes through the model once and fills the cache; from then on each step sends one token a row and reads the cache. A step
 costs one pass over the weights, whatever the length: at batch 1, memory bandwidth is all that counts.

@@ -170,9 +170,9 @@ def test_rotary_products_depend_on_the_distance_alone():
 
 
 def test_alibi_slopes_halve_and_other_counts_fill_the_gaps():
-    torch.testing.assert_close(alibi_slopes(8), 0.5 ** torch.arange(1, 9, dtype=torch.float64))
+    torch.testing.assert_close(alibi_slopes(8), 0.5 ** torch.arange(1.0, 9.0))
     # 6 heads: the 4 of a power of two, then every other one of 8's.
-    torch.testing.assert_close(alibi_slopes(6), torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8], dtype=torch.float64))
+    torch.testing.assert_close(alibi_slopes(6), torch.tensor([1 / 4, 1 / 16, 1 / 64, 1 / 256, 1 / 2, 1 / 8]))
 
 
 def test_alibi_rounds_position_257_to_256():
@@ -372,3 +372,50 @@ def test_the_whole_model_is_one_graph_for_the_compiler():
     ids, mask = padded_batch([6, 4])
     compiled = torch.compile(model, backend="eager", fullgraph=True)    # "eager" traces, and leaves the code as it is
     torch.testing.assert_close(compiled(ids, mask), model(ids, mask), rtol=0, atol=0)
+
+
+# --- on a GPU -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@variants
+def test_a_gpu_gives_the_logits_and_gradients_of_the_cpu(variant):
+    model = small(variant)
+    ids, mask = padded_batch([300, 281, 4])
+    mask[2, -4:] = 2
+
+    def step(device):
+        model.to(device).zero_grad()
+        logits = model(ids.to(device), mask.to(device))[mask.to(device) > 0]
+        logits.square().mean().backward()
+        return logits.detach().cpu(), {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
+
+    (expected, expected_gradients), (found, gradients) = step("cpu"), step("cuda")
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-4 * gradient.abs().max().item(), rtol=0, msg=name)
+
+
+@pytest.mark.gpu
+@variants
+def test_a_decode_step_can_be_captured_as_a_cuda_graph(variant):
+    model = small(variant).cuda()
+    ids, mask = padded_batch([20, 12])
+    ids, mask = ids.cuda(), mask.cuda()
+    with torch.no_grad():
+        expected = model(ids, mask)
+        cache, token = model.new_cache(2, 24), ids[:, :1].clone()
+        # A side stream warms up whatever allocates on first use; then the cache is emptied again.
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            model(token, None, cache)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = model(token, None, cache)
+        cache.filled.zero_(), cache.present.zero_()
+        model(ids[:, :15], mask[:, :15], cache)
+        for i in range(15, 20):
+            token.copy_(ids[:, i : i + 1])
+            graph.replay()
+            torch.testing.assert_close(logits[:, 0], expected[:, i], **CLOSE)
