@@ -22,8 +22,8 @@ picture once the heads are counted by groups: a group is one key/value head and 
 so that their product depends on the distance alone. The angles are computed in float32: in bf16 position 257 is 256.
 
 **ALiBi** adds slope * position of the key to the score instead. Falcon was trained with slopes, positions *and* their product
-rounded to bf16, and adds the result before the scores are divided by sqrt(head_dim). Both are kept: below position 257
-nothing shows, beyond it exact arithmetic would be another model.
+rounded to bf16, and adds the result before the scores are divided by sqrt(head_dim). Both are kept: exact arithmetic would be
+another model, most of all beyond position 256, where bf16 counts by twos.
 
 **Positions** count the tokens that are not masked, so a prompt padded on the left gives what it gives alone.
 
@@ -273,6 +273,7 @@ class FalconBlock(nn.Module):
     def forward(self, x: Tensor, context: Context) -> Tensor:
         config = self.config
         if not config.parallel_attn:
+            # That the first rate is attention's is transformers' reading; every published config has 0 for both.
             attended = self.self_attention(self.input_layernorm(x), context)
             x = x + F.dropout(attended, config.attention_dropout, self.training)
             return x + F.dropout(self.mlp(self.post_attention_layernorm(x)), config.hidden_dropout, self.training)

@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from minqlora.falcon import Falcon, FalconConfig
 from minqlora.nf4 import NF4
@@ -63,7 +64,9 @@ def load_falcon(
     _account_for_every_key(model, where, directory)
 
     linears = dict(block_linears(model)) if quantize else {}
-    for key, _ in list(model.named_parameters()):
+    # The bar comes after a second, so a small model loads without one; on no terminal there is none.
+    keys = [key for key, _ in model.named_parameters()]
+    for key in tqdm(keys, desc=f"loading {directory.name}", unit="tensor", leave=False, delay=1, disable=None):
         name, _, leaf = key.rpartition(".")
         if name not in linears:
             tensor = where[key].get_tensor(key).to(device, dtype, copy=True)

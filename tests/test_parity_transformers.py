@@ -33,10 +33,10 @@ VARIANTS = {
 variants = pytest.mark.parametrize("variant", VARIANTS)
 
 
-def oracle(variant):
+def oracle(variant, **changes):
     """transformers' Falcon, random. Its "eager" attention adds ALiBi twice (5.23), so it computes with "sdpa", as it does by default."""
     torch.manual_seed(0)
-    config = transformers.FalconConfig(**SMALL | VARIANTS[variant], attn_implementation="sdpa")
+    config = transformers.FalconConfig(**SMALL | VARIANTS[variant] | changes, attn_implementation="sdpa")
     model = transformers.FalconForCausalLM(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -128,6 +128,20 @@ def test_in_bf16_it_is_as_near_to_float32_as_transformers_is(variant):
 
         # Two errors of the same kind and size, each the root mean square of some 60 000 roundings: within 20 %.
         assert error(model.bfloat16()(ids, mask)) < 1.2 * error(theirs.bfloat16()(ids, attention_mask=mask).logits)
+
+
+@pytest.mark.parametrize("variant", ["rw-1b", "7b", "40b"])
+def test_dropout_falls_on_the_same_values_as_in_transformers(variant):
+    theirs = oracle(variant, hidden_dropout=0.2, attention_dropout=0.3).train()
+    model = same(theirs).train()
+    ids, mask = batch(20)
+    with torch.no_grad():
+        torch.manual_seed(7)
+        expected = theirs(ids, attention_mask=mask).logits
+        torch.manual_seed(7)
+        found = model(ids, mask)
+        assert not torch.equal(found, model(ids, mask))
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
 
 
 # --- generation -----------------------------------------------------------------------------------------------------------------
