@@ -22,6 +22,7 @@ Saving goes the other way, in Hugging Face's layout, which transformers opens.
 import dataclasses
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -263,6 +264,8 @@ def save_falcon(model: Falcon, directory: str | Path, shard_bytes: int = 5 * 10*
         # An index goes before its shards and comes after them: at no moment does one stand over shards of two models.
         (directory / INDEX).unlink(missing_ok=True)
         for name in [*files, "config.json"]:
+            # safetensors leaves its files to their owner alone; a model is read by whoever may read its config.
+            shutil.copymode(beside / "config.json", beside / name)
             os.replace(beside / name, directory / name)
     for stale in {path.name for path in directory.glob("model*.safetensors")} - set(files):
         (directory / stale).unlink()

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import re
 import resource
 
@@ -276,6 +277,15 @@ def test_a_tied_head_is_saved_once_and_the_file_says_pt(directory):
         assert HEAD not in file.keys()  # noqa: SIM118
         assert file.metadata() == {"format": "pt"}
     assert json.loads((directory / "config.json").read_text())["tie_word_embeddings"] is True
+
+
+def test_every_file_can_be_read_by_whom_the_umask_lets(tmp_path):
+    umask = os.umask(0o027)
+    try:
+        save_falcon(small(), tmp_path, shard_bytes=100_000)
+    finally:
+        os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
 
 
 def test_a_merged_model_is_saved_and_one_with_adapters_or_4_bits_is_refused(tmp_path):
