@@ -83,7 +83,7 @@ def test_every_answer_is_a_few_whole_sentences():
         assert record["output"].endswith("."), record["output"]
         assert "  " not in question(record) + record["output"]
     for record in EXPLAINED:
-        assert record["output"][0].isupper() and 1 <= len(re.findall(r"[.?!](?= |$)", record["output"])) <= 5, record["output"]
+        assert record["output"][0].isupper() and 1 <= len(re.findall(r"[.?!](?= |$)", record["output"])) <= 4, record["output"]
         assert "=" not in record["output"], "a calculation belongs to the computed records"
 
 
