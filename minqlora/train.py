@@ -305,7 +305,7 @@ class Display:
         # In a log file a bar is a line each time: there, one every ten seconds.
         self.bar = tqdm(total=config.steps, initial=state["step"], desc="training", unit="step", disable=not show, dynamic_ncols=True,
                         mininterval=0.1 if sys.stderr.isatty() else 10,
-                        bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {postfix}{elapsed} elapsed, {remaining} left")
+                        bar_format="{desc} {n_fmt}/{total_fmt} |{bar:20}| {elapsed} elapsed, {remaining} left{postfix}")
 
     def __enter__(self) -> "Display":
         self.since = self.shown = time.perf_counter()
@@ -333,7 +333,7 @@ class Display:
         seconds, tokens = self.state["seconds"] - self.before[0], self.state["tokens"] - self.before[1]
         memory = peak_memory(self.device)
         self.bar.set_postfix_str(f"loss {values[-1][0]:.3f}, {tokens / seconds:,.0f} tokens/s, "
-                                 f"peak {memory / 2**20:,.0f} MiB, ", refresh=False)
+                                 f"peak {memory / 2**20:,.0f} MiB", refresh=False)
         self.bar.update(len(self.pending))
         self.pending = []
 
