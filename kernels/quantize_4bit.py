@@ -80,6 +80,13 @@ def bin_number(scaled, BINS: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
+def from_lanes(table, number):
+    """table[number] for a table of 32 entries: a lane holds one, and hands it to whoever asks."""
+    flat = tl.gather(tl.load(table + tl.arange(0, 32)), tl.reshape(number, [number.numel]), 0)
+    return tl.reshape(flat, number.shape)
+
+
+@triton.jit
 def quantize_kernel(
     weight, packed, absmax, table, n, n_bytes, n_blocks,
     BLOCK: tl.constexpr, ROWS: tl.constexpr, BINS: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
@@ -114,11 +121,13 @@ def quantize_kernel(
 
     # A maximum with NaN is the other number: -1, which gets the lowest code. That also takes back a rounding beyond -1.
     within = tl.maximum(scaled, -1.0)                                                          # (ROWS, BLOCK)
-    number = tl.reshape(bin_number(within, BINS, ASM), [ROWS * BLOCK])
-    midpoints = tl.load(table + tl.arange(0, 2 * BINS + 2)).to(tl.float32, bitcast=True)       # (2 * BINS + 2,)
-    pairs = tl.load(table + 2 * BINS + 2 + tl.arange(0, 2 * BINS + 2))                         # (2 * BINS + 2,) above << 8 | below
-    midpoint = tl.reshape(tl.gather(midpoints, number, 0), [ROWS, BLOCK])
-    pair = tl.reshape(tl.gather(pairs, number, 0), [ROWS, BLOCK])
+    number = bin_number(within, BINS, ASM)                                                     # (ROWS, BLOCK)
+    if BINS == 15:
+        midpoint = from_lanes(table, number).to(tl.float32, bitcast=True)
+        pair = from_lanes(table + 2 * BINS + 2, number)
+    else:                                                          # more entries than lanes: from memory
+        midpoint = tl.load(table + number).to(tl.float32, bitcast=True)
+        pair = tl.load(table + 2 * BINS + 2 + number)
     codes = tl.where(within > midpoint, pair >> 8, pair & 15)
     if EXACT:
         # nf4.py counts NaN above all midpoints. The last entry of the table is above the last one.

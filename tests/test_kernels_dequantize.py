@@ -67,7 +67,7 @@ def test_one_launch_undoes_both_quantizations_in_every_bit(blocksize, blocksize2
 @pytest.mark.parametrize(("n", "blocksize"), [(1, 256), (255, 256), (1025, 64), (5000, 256), (5000, 4096)])
 def test_absmax_comes_back_in_every_bit(n, blocksize):
     codes, absmax2, offset, absmax = doubly_quantized(n, blocksize)
-    # A fused multiply-add would round once: it differs from two roundings in about a third of all values, so 5000 of them would show it.
+    # A fused multiply-add would round once, which differs from two roundings in about one of these values in ten.
     assert torch.equal(double_dequantize(codes.to(DEVICE), absmax2.to(DEVICE), offset.to(DEVICE), CODE2, blocksize).cpu(), absmax)
 
 

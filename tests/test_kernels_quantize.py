@@ -201,6 +201,19 @@ def test_every_byte_is_bitsandbytes_on_cuda(dtype, blocksize):
 
 
 @pytest.mark.gpu
+def test_a_billion_values_have_the_bytes_of_bitsandbytes():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    values = 0
+    for name, weight in distributions(2**27 + 37, torch.Generator("cuda").manual_seed(0)):
+        wanted, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        packed, absmax = quantize_4bit(weight, NF4, 64)
+        assert torch.equal(packed, wanted), f"{name}: {(packed != wanted).sum()} bytes differ"
+        assert torch.equal(bits(absmax), bits(state.absmax)), name
+        values += weight.numel()
+    assert values > 10**9
+
+
+@pytest.mark.gpu
 def test_ties_nan_and_infinity_are_bitsandbytes_too():
     functional = pytest.importorskip("bitsandbytes.functional")
     midpoints = (NF4[1:] + NF4[:-1]) / 2
