@@ -20,8 +20,9 @@ It is not symmetric: 1 is a level, and -1 is not (the lowest is -0.993), so an a
 group's largest difference.
 
 **The same codes as bitsandbytes.** Its CPU backend does not search the nearest of the 256 levels for the value itself, but for the
-nearest of 65 536 points between -1 and 1. That decides about one code in 600, and is followed here. The mean depends on how many
-threads add up; compare codes within one process, and never hash them.
+nearest of 65 536 points between -1 and 1. That decides about one code in 600, and is followed here. (It also leaves the seven levels
+nearest to zero without use: the two points in the middle are ±1.5e-5.) The mean depends on how many threads add up; compare codes
+within one process, and never hash them.
 
 **Undoing it** is a product and then a sum, each rounded to float32. On a GPU the compiler would fuse the two into one rounding, and
 the kernel has to say that it must not.

@@ -15,10 +15,11 @@ bytes, which lie in the model anyway, and dequantizes a second time.
     absmax                    uint8 (ceil(n / 64),), or float32 without       0.125 (0.5)
                               double quantization
     nested_absmax             float32 (ceil(n / 64 / 256),)                   0.002
-    nested_offset             float32 ()
+    nested_offset             float32 (1,)
 
-They are parameters without a gradient, and not buffers: what shards a model leaves buffers whole. And they keep their types:
-`model.to(torch.bfloat16)` is a common line, and an absmax rounded to 8 bits of mantissa would change every weight without a word.
+They are parameters without a gradient, and not buffers: what shards a model leaves buffers whole (and takes no parameter without a
+dimension, hence the offset's). And they keep their types: `model.to(torch.bfloat16)` is a common line, and an absmax rounded to 8 bits of
+mantissa would change every weight without a word.
 
 **In a state dict** the names and shapes are those of bitsandbytes, dots included, so that either can read what the other wrote:
 `weight`, `weight.absmax`, `weight.quant_map` (the 16 levels), `weight.nested_absmax`, `weight.nested_quant_map` (the 256), and
@@ -83,7 +84,7 @@ class Linear4bit(nn.Module):
         self.weight = empty((n + 1) // 2, 1, dtype=torch.uint8)
         self.absmax = empty(n_blocks, dtype=torch.uint8 if double_quant else torch.float32)
         self.nested_absmax = empty(math.ceil(n_blocks / NESTED_BLOCKSIZE), dtype=torch.float32) if double_quant else None
-        self.nested_offset = empty(dtype=torch.float32) if double_quant else None
+        self.nested_offset = empty(1, dtype=torch.float32) if double_quant else None
         self.bias = empty(out_features, dtype=dtype) if bias else None
         # Constants, neither parameters nor buffers: they follow the weight to its device, and are never cast, sharded or left on meta.
         self.code, self.code2 = code, DYNAMIC_MAP if double_quant else None
@@ -99,7 +100,7 @@ class Linear4bit(nn.Module):
         packed, absmax = quantize_4bit(weight, code, blocksize)
         if double_quant:
             absmax, nested_absmax, nested_offset = double_quantize(absmax, NESTED_BLOCKSIZE)
-            layer.nested_absmax, layer.nested_offset = frozen(nested_absmax), frozen(nested_offset)
+            layer.nested_absmax, layer.nested_offset = frozen(nested_absmax), frozen(nested_offset.reshape(1))
         layer.weight, layer.absmax = frozen(packed), frozen(absmax)
         layer.bias = None if bias is None else frozen(bias.detach())
         layer._move_levels()
@@ -196,7 +197,7 @@ class Linear4bit(nn.Module):
             self.dtype = getattr(torch, theirs["dtype"])
             if self.code2 is not None and theirs.get("nested_offset") is not None:
                 device = self.nested_offset.device if prefix + "absmax" not in state_dict else state_dict[prefix + "absmax"].device
-                state_dict[prefix + "nested_offset"] = torch.tensor(theirs["nested_offset"], device=device)
+                state_dict[prefix + "nested_offset"] = torch.tensor([theirs["nested_offset"]], device=device)
         elif strict:
             missing_keys.append(prefix + key)
         for name, levels in (("weight.quant_map", self.code), ("weight.nested_quant_map", self.code2)):

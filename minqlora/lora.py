@@ -45,8 +45,8 @@ class LoRALinear(nn.Module):
         super().__init__()
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank is {rank}; it must be an integer of at least 1")
-        if not alpha > 0:
-            raise ValueError(f"alpha is {alpha}; it must be greater than 0")
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"alpha is {alpha}; it must be greater than 0, and finite")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout is {dropout}; it must be at least 0 and less than 1")
         self.base = base.requires_grad_(False)
@@ -95,6 +95,11 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 def matches(name: str, target: str) -> bool:
     """PEFT's rule: a target is a whole name, or its end after a dot ("dense" is h.0.self_attention.dense, not h.0.mlp.dense_h_to_4h)."""
     return name == target or name.endswith("." + target)
+
+
+def chosen(name: str, targets: str | list[str]) -> bool:
+    """Whether a configuration's target_modules mean this layer: a regular expression for the whole name, or a list of targets."""
+    return bool(re.fullmatch(targets, name)) if isinstance(targets, str) else any(matches(name, target) for target in targets)
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -180,6 +185,17 @@ def read_config(directory: Path) -> dict:
     missing = sorted(READ - {"lora_dropout"} - config.keys())
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
+    numbers = {key: config[key] for key in ("r", "lora_alpha", "lora_dropout") if key in config}
+    wrong = [f"{key}={value!r}" for key, value in numbers.items() if isinstance(value, bool) or not isinstance(value, int | float)]
+    targets = config["target_modules"]
+    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(target, str) for target in targets)):
+        wrong.append(f"target_modules={targets!r}")
+    try:
+        re.compile(targets if isinstance(targets, str) else "")
+    except re.error as error:
+        wrong.append(f"target_modules={targets!r} ({error})")
+    if wrong:
+        raise ValueError(f"{path}: not what the setting needs: {', '.join(wrong)}")
     config = {"lora_dropout": 0.0, "bias": "none", "init_lora_weights": True} | config
     refused = [key for key, value in config.items() if value and key not in READ | WITHOUT_MEANING | {"bias", "init_lora_weights"}]
     refused += ["bias"] * (config["bias"] != "none") + ["init_lora_weights"] * (config["init_lora_weights"] not in INITIALIZATIONS)
@@ -190,9 +206,10 @@ def read_config(directory: Path) -> dict:
 
 
 def load_adapter(model: nn.Module, directory, dtype: torch.dtype = torch.float32) -> dict[str, str]:
-    """Read adapters in PEFT's format into a model, with or without adapters of the same layers. Returns the metadata of the file.
+    """Read adapters in PEFT's format into a model. Returns the metadata of the file.
 
-    Nothing in the model changes unless every key fits.
+    The model is frozen and its layers are wrapped as by add_lora, with adapters in dtype; a model that has adapters on the same layers
+    already keeps them and takes the values. Nothing changes unless every key fits.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -206,10 +223,7 @@ def load_adapter(model: nn.Module, directory, dtype: torch.dtype = torch.float32
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
     targets, rank, known = config["target_modules"], config["r"], linears(model)
-    if isinstance(targets, str):  # a regular expression
-        layers = {name: module for name, module in known.items() if re.fullmatch(targets, name)}
-    else:
-        layers = {name: module for name, module in known.items() if any(matches(name, target) for target in targets)}
+    layers = {name: layer for name, layer in known.items() if chosen(name, targets)}
     if not layers:
         raise ValueError(f"{directory / CONFIG}: target_modules {targets} matches no layer; the model has {', '.join(known)}")
     expected = {}
@@ -218,7 +232,9 @@ def load_adapter(model: nn.Module, directory, dtype: torch.dtype = torch.float32
         expected[f"{PREFIX}{name}.lora_B.weight"] = (layer.out_features, rank)
     problems = [f"missing: {key}" for key in expected if key not in tensors]
     problems += [f"unexpected: {key}" for key in tensors if key not in expected]
-    problems += [f"adapter in the model, but not in the file: {name}" for name in adapters(model) if name not in layers]
+    for name, layer in adapters(model).items():
+        problems += [f"adapted in the model, but not in the file: {name}"] * (name not in layers)
+        problems += [f"rank of {name}: {layer.rank} in the model, {rank} in the file"] * (layer.rank != rank)
     problems += [
         f"misshapen: {key} is {tuple(tensors[key].shape)}, the model needs {shape}"
         for key, shape in expected.items()
@@ -227,11 +243,15 @@ def load_adapter(model: nn.Module, directory, dtype: torch.dtype = torch.float32
     if problems:
         raise ValueError(f"{path} does not fit the model:\n  " + "\n  ".join(problems))
 
-    for name, layer in layers.items():
-        base = layer.base if isinstance(layer, LoRALinear) else layer
-        new = LoRALinear(base, rank, config["lora_alpha"], config["lora_dropout"], dtype)
-        with torch.no_grad():
-            new.lora_A.copy_(tensors[f"{PREFIX}{name}.lora_A.weight"])
-            new.lora_B.copy_(tensors[f"{PREFIX}{name}.lora_B.weight"])
-        replace(model, name, new.train(layer.training))
+    alpha, dropout = config["lora_alpha"], config["lora_dropout"]
+    new = {name: LoRALinear(layer, rank, alpha, dropout, dtype) for name, layer in layers.items() if not isinstance(layer, LoRALinear)}
+    model.requires_grad_(False)
+    for name, layer in new.items():
+        replace(model, name, layer.train(layers[name].training))
+    # Adapters that were there keep their tensors, which an optimizer may hold, and take the values.
+    for name, layer in adapters(model).items():
+        layer.alpha, layer.dropout = alpha, dropout
+        for part, parameter in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            parameter.detach().copy_(tensors[f"{PREFIX}{name}.{part}.weight"])
+            parameter.requires_grad_()
     return metadata

@@ -79,13 +79,14 @@ def quantize_4bit(weight: Tensor, code: Tensor = NF4, blocksize: int = 64) -> tu
     check_code(code, blocksize)
     if not weight.is_floating_point():
         raise ValueError(f"weight has dtype {weight.dtype}; a floating-point weight can be quantized")
+    weight = weight.detach()
     if weight.is_cuda:
         from minqlora.kernels.quantize_4bit import quantize_4bit as kernel
 
         return kernel(weight, code, blocksize)
 
     n = weight.numel()
-    flat = weight.detach().reshape(-1)                             # (n,)
+    flat = weight.reshape(-1)                                      # (n,)
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
     absmax = torch.empty(math.ceil(n / blocksize))
     # Between two neighbouring levels the nearest one changes at their midpoint, so the nearest of 16 is a search among 15 midpoints.

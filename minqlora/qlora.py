@@ -65,7 +65,7 @@ def merge_lora(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Modu
     A layer in 4 bits without an adapter is dequantized too. One float32 layer exists at a time.
     """
     for name, layer in adapters(model).items():
-        weight = weight_of(layer.base) + layer.scale * (layer.lora_B.float() @ layer.lora_A.float())
+        weight = torch.addmm(weight_of(layer.base), layer.lora_B.float(), layer.lora_A.float(), alpha=layer.scale)
         replace(model, name, plain_linear(weight, layer.base.bias, dtype))
     for name, layer in linears(model).items():
         if isinstance(layer, Linear4bit):
