@@ -8,8 +8,8 @@ computing in bfloat16, fused AdamW, the same batch shape, random weights and fre
 in a process of its own, one after the other, so that none pays for another's memory.
 
     readable   falcon.py and lora.py as they stand, whole blocks checkpointed
-    fused      fast.py: only block inputs and the LoRA columns are kept
-    kept       fast.py with the memory that is left over put to use (`keep_bytes`)
+    fused      fast.py and fast_loss.py: only block inputs and the LoRA columns are kept; steps of at most 4096 tokens are replayed
+    kept       the same with the memory that is left over put to use (`keep_bytes`)
     hf         transformers + peft + bitsandbytes, gradient checkpointing. transformers 5 leaves Falcon's linears in 16 bits
                (they are a subclass of nn.Linear), so they are replaced by hand here
     hf16       the same as it ships: asked for 4 bits, silently in 16
@@ -45,7 +45,8 @@ def our_step(args, row, stack):
 
     from minqlora import add_lora
     from minqlora.data import Batch
-    from minqlora.fast import fuse, fused_loss
+    from minqlora.fast import fuse
+    from minqlora.fast_loss import GraphedLoss
     from minqlora.optim import make_optimizer
     from minqlora.train import answer_loss
 
@@ -58,7 +59,7 @@ def our_step(args, row, stack):
         model.checkpointing = True
     else:
         fuse(model, keep_bytes=int(args.keep * 2**30) if stack == "kept" else 0)
-        loss = fused_loss
+        loss = GraphedLoss(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, args.optimizer, lr=2e-4)
     learned = torch.arange(batch * length, device="cuda").view(batch, length)[:, 1:].flatten()

@@ -23,6 +23,7 @@ ARROWS = {
     "generate": set(),
     "plan": {"falcon"},
     "fast": {"falcon", "lora", "kernels"},
+    "fast_loss": {"falcon", "fast"},
     "parallel": {"qlora", "train"},
 }
 

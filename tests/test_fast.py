@@ -7,7 +7,8 @@ import torch
 
 from minqlora.data import Batch
 from minqlora.falcon import Falcon, FalconConfig
-from minqlora.fast import drop, fuse, fused_loss
+from minqlora.fast import drop, fuse
+from minqlora.fast_loss import GraphedLoss, fused_loss
 from minqlora.qlora import add_lora, quantize_linears
 from minqlora.train import answer_loss
 
@@ -67,7 +68,7 @@ def test_the_fused_block_and_loss_give_the_loss_and_gradients_of_the_readable_on
         assert (fused_gradients[name] - gradient).norm() <= tolerance * gradient.norm(), name
 
 
-def test_kept_blocks_leave_no_work_but_take_their_memory():
+def test_the_last_block_is_kept_and_the_others_where_memory_is_left():
     model, batch = adapted(VARIANTS["7b"]), a_batch(97)
     saved = []
     for keep in (0, 10**9):
@@ -79,7 +80,7 @@ def test_kept_blocks_leave_no_work_but_take_their_memory():
             kept += getattr(node, "kept", None) is not None
             nodes += [following for following, _ in node.next_functions if following is not None]
         saved.append(kept)
-    assert saved == [0, 3]
+    assert saved == [1, 3]                         # the last block keeps its own: it is the first to be walked back
 
 
 def test_dropout_of_the_fused_block_is_the_same_forward_and_backward():
@@ -119,7 +120,7 @@ def test_dropout_drops_the_share_it_was_asked_for_and_keeps_the_mean():
 
 def test_what_the_fused_block_cannot_do_is_refused():
     bare = Falcon(VARIANTS["7b"])
-    with pytest.raises(ValueError, match="without an adapter: transformer.h.0"):
+    with pytest.raises(ValueError, match="without an adapter"):
         fuse(bare)
     sequential = adapted(FalconConfig(**SMALL, multi_query=False, alibi=True, parallel_attn=False))
     with pytest.raises(ValueError, match="parallel"):
@@ -135,3 +136,46 @@ def test_a_fused_model_decodes_as_before():
         cache = model.new_cache(1, 12)
         parts = torch.cat([model(ids[:, :8], cache=cache), model(ids[:, 8:], cache=cache)], dim=1)
     torch.testing.assert_close(parts, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep_bytes", [0, 10**9])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_on_a_gpu_the_fused_block_is_as_close_to_float32_as_the_readable_one(variant, keep_bytes):
+    """Both compute in bfloat16 beside the same model in float32; the fused one may be off by no more than 1.5 times the readable one."""
+    batch = a_batch(97, "cuda")
+    exact = adapted(VARIANTS[variant], "cuda")
+    _, expected = loss_and_gradients(exact, batch, answer_loss)
+
+    def errors(model, loss):
+        model.zero_grad()
+        _, gradients = loss_and_gradients(model, batch, loss)
+        return sum((gradients[name].float() - expected[name]).square().sum() for name in expected).sqrt()
+
+    model = copy.deepcopy(exact).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "lora" in name:
+            parameter.data = exact.get_parameter(name).data.clone()
+    readable = errors(model, answer_loss)
+    fuse(model, keep_bytes)
+    assert errors(model, fused_loss) <= 1.5 * readable
+
+
+@pytest.mark.gpu
+def test_a_replayed_loss_is_the_fused_loss_for_every_batch_of_its_shape_and_any_other():
+    model = adapted(VARIANTS["7b"], "cuda", torch.bfloat16)
+    fuse(model)
+    graphed = GraphedLoss(model)
+    for _ in range(3):
+        batch = a_batch(97, "cuda")
+        expected, gradients = loss_and_gradients(model, batch, fused_loss)
+        model.zero_grad()
+        actual, graphed_gradients = loss_and_gradients(model, batch, graphed)
+        model.zero_grad()
+        # The same products in bfloat16 on rows padded from 40 to 64 tokens: another kernel may sum them in another order.
+        assert abs(actual - expected) <= 1e-3 * expected
+        for name, gradient in gradients.items():
+            assert (graphed_gradients[name] - gradient).norm() <= 2e-2 * gradient.norm(), name
+    assert len(graphed.recordings) == 1
+    with torch.no_grad():
+        assert abs(graphed(model, batch) - expected) <= 1e-3 * expected

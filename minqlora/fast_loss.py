@@ -1,0 +1,131 @@
+"""14. The loss for training on a GPU: without all the logits, and without waiting for the host.
+
+The pair of train.py's `answer_loss`, twice.
+
+**The logits are the largest tensor of a step**: 65024 values a token, 2.1 GB in float32 at 8192 tokens, and the loss wants one number of
+each row. `fused_loss` makes them for `chunk` tokens at a time and takes the gradient at once, while they are there: softmax - one-hot
+overwrites the logits, and one product turns it into the gradient of the hidden states. Nothing of it is kept.
+
+**At 512 tokens a step the GPU waits for Python.** A step of Falcon-7B launches some 3 000 kernels; on a H100 they take 56 ms, and
+launching them 300. `GraphedLoss` records the forward and the backward of a batch's shape once, as a CUDA graph, and replays it: one launch.
+A replay computes loss and gradients together, into the same memory each time; to autograd it looks like one function of the adapters, so
+the training loop does not change. Rows are padded to a multiple of 64 tokens, so that a few recordings serve all batches.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minqlora.falcon import Falcon
+from minqlora.fast import compiled
+
+IGNORED = -100    # a label that is not in the loss, as in torch's cross_entropy
+
+
+@compiled
+def loss_and_gradient_(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the cross-entropies of a chunk; the logits are overwritten by its gradient, softmax - one-hot."""
+    wide = logits.float()                                                         # (chunk, vocab); a register at a time, never in memory
+    total = wide.logsumexp(dim=1, keepdim=True)                                   # (chunk, 1)
+    in_loss = (labels != IGNORED)[:, None]
+    is_label = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
+    loss = torch.where(is_label, total - wide, 0.0).sum()
+    logits.copy_(torch.where(in_loss, (wide - total).exp() - is_label.float(), 0.0))
+    return loss
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Sum of cross-entropies from hidden states (M, hidden_size) and labels (M,), with the logits of `chunk` tokens at a time."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, labels, chunk):
+        grad, loss = torch.empty_like(hidden), hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(hidden), chunk):
+            some = slice(start, start + chunk)
+            logits = hidden[some] @ head.T                                        # (chunk, vocab)
+            loss += loss_and_gradient_(logits, labels[some])
+            torch.mm(logits, head, out=grad[some])
+        ctx.save_for_backward(grad)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        (grad,) = ctx.saved_tensors
+        return grad * grad_loss.to(grad.dtype), None, None, None
+
+
+def fused_loss(model: Falcon, batch, chunk: int = 2048) -> Tensor:
+    """The sum over the learned tokens of their cross-entropies, in float32: (). batch is data.py's."""
+    hidden = model.hidden_states(batch.input_ids, batch.attention_mask).flatten(0, 1)      # (batch * tokens, hidden_size)
+    before = hidden.index_select(0, batch.learned - 1)                                     # (learned, hidden_size)
+    return ChunkedLoss.apply(before, model.lm_head.weight, batch.labels.flatten()[batch.learned], chunk)
+
+
+class GraphedLoss:
+    """fused_loss for a model in training on a GPU, replayed from a recording a shape. Batches above `most_tokens` are computed as usual.
+
+    Where a batch is that large the GPU is busy long enough for the host to keep ahead, and a recording would only hold on to memory.
+    """
+
+    def __init__(self, model: Falcon, most_tokens: int = 4096):
+        self.model, self.most_tokens = model, most_tokens
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        # All recordings write their gradients here: none is alive when the next replay starts.
+        self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.recordings, self.pool = {}, None
+
+    def __call__(self, model: Falcon, batch) -> Tensor:
+        rows, tokens = batch.input_ids.shape
+        padded = -(-tokens // 64) * 64
+        fits = rows * padded <= self.most_tokens and padded <= model.config.max_position_embeddings
+        if not (torch.is_grad_enabled() and fits) or batch.attention_mask is not None:
+            return fused_loss(model, batch)
+        ids = F.pad(batch.input_ids, (0, padded - tokens))
+        # The label of a token is the one to its right; the last of a row has none.
+        labels = F.pad(batch.labels[:, 1:], (0, padded - tokens + 1), value=IGNORED)
+        return Replay.apply(self, ids, labels, *self.parameters)
+
+    def replay(self, ids: Tensor, labels: Tensor) -> Tensor:
+        if ids.shape not in self.recordings:
+            self.recordings[ids.shape] = self.record(ids, labels)
+        graph, static_ids, static_labels, loss = self.recordings[ids.shape]
+        static_ids.copy_(ids)
+        static_labels.copy_(labels)
+        graph.replay()
+        return loss.clone()
+
+    def record(self, ids: Tensor, labels: Tensor):
+        ids, labels = ids.clone(), labels.clone()
+
+        def step() -> Tensor:
+            with torch.enable_grad():
+                hidden = self.model.hidden_states(ids).flatten(0, 1)
+                loss = ChunkedLoss.apply(hidden, self.model.lm_head.weight, labels.flatten(), 2048)
+                torch._foreach_copy_(self.gradients, torch.autograd.grad(loss, self.parameters))
+            return loss.detach()
+
+        # Twice on a stream of its own, so that everything that happens once (compilation, workspaces) has happened.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            loss = step()
+        self.pool = graph.pool()
+        return graph, ids, labels, loss
+
+
+class Replay(torch.autograd.Function):
+    """The loss as a function of the adapters, whose gradients were computed along with it."""
+
+    @staticmethod
+    def forward(ctx, graphed, ids, labels, *parameters):
+        ctx.graphed = graphed
+        return graphed.replay(ids, labels)
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        return None, None, None, *torch._foreach_mul(ctx.graphed.gradients, grad_loss)
