@@ -24,7 +24,7 @@ setup(
         "triton>=3.6,<4; platform_system == 'Linux'",
         "safetensors>=0.5,<1",
         "tokenizers>=0.21,<1",
-        "huggingface_hub>=0.30,<2",
+        "huggingface_hub>=0.30,<3",
         "tqdm>=4.60,<5",
         "numpy>=1.26,<3",
     ],
