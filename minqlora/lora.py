@@ -154,7 +154,7 @@ def save_adapter(model: nn.Module, directory, base: str | None = None, metadata:
                 os.fsync(file.fileno())
         for name, path in new.items():
             os.replace(path, directory / name)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(f"the adapter was not saved in {directory}; what was there before is unchanged: {error}") from error
     finally:
         for path in new.values():
