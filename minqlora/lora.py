@@ -152,13 +152,14 @@ def save_adapter(model: nn.Module, directory, base: str | None = None, metadata:
         for path in new.values():
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())
-        for name, path in new.items():
-            os.replace(path, directory / name)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"the adapter was not saved in {directory}; what was there before is unchanged: {error}") from error
-    finally:
+    except BaseException as error:
         for path in new.values():
             path.unlink(missing_ok=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise OSError(f"the adapter was not saved in {directory}; what was there before is unchanged: {error}") from error
+        raise
+    for name, path in new.items():
+        os.replace(path, directory / name)
 
 
 # What describes an adapter, what PEFT writes without meaning for the product, and the initializations that leave the base as it is.

@@ -34,7 +34,8 @@ The last block may be ragged, and an odd n is padded with the code of zero.
 **The same bytes as bitsandbytes.** On a CPU, `packed` and `absmax` equal those of bitsandbytes' CPU backend in every byte, at all of
 its block sizes. Three details decide that, each marked below: the reciprocal, the ragged block, and ties. Dequantized
 values are one product, rounded once: code[codes] * absmax in float32, then the dtype asked for. bitsandbytes agrees wherever
-the block size divides the last dimension; elsewhere its AVX512 kernel takes the absmax of another block (a test shows it).
+the block size divides the last dimension; elsewhere the AVX512 code of its version 0.50 takes the absmax of another block (a test
+shows it).
 
 **On a GPU** the same functions run `kernels/quantize_4bit.py` and `kernels/dequantize_4bit.py`. There bitsandbytes multiplies by the
 approximate reciprocal of the hardware, and so does the kernel: a few values in ten million land on the neighbouring
