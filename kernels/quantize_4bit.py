@@ -42,7 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 2048                                                        # values a program handles: 64 a lane
+TILE = 1024                                                        # values a program handles: 32 a lane
 
 
 @triton.jit
@@ -76,7 +76,10 @@ def bin_number(scaled, BINS: tl.constexpr, ASM: tl.constexpr):
             "fma.rp.f32 $0, $1, $2, $3;", "=r,f,f,f", [scaled, BINS * 1.0, BINS + 12582912.0], dtype=tl.int32, is_pure=True, pack=1
         )
         return number & (2 * BINS + 1)
-    return tl.ceil(scaled * BINS).to(tl.int32) + BINS
+    # Not `tl.ceil`, which counts subnormal numbers as zero when compiled.
+    place = scaled * BINS
+    whole = place.to(tl.int32)
+    return whole + (place > whole.to(tl.float32)).to(tl.int32) + BINS
 
 
 @triton.jit
@@ -100,13 +103,12 @@ def quantize_kernel(
     blocks_left = tl.minimum(n_blocks - tile * ROWS, ROWS).to(tl.int32)
     bytes_left = tl.minimum(n_bytes - tile * (ROWS * BLOCK // 2), ROWS * BLOCK // 2).to(tl.int32)
 
-    # Read once, never again: leave the cache to others.
-    w = tl.load(weight + tile * (ROWS * BLOCK) + inside, mask=inside < values_left, other=0.0, eviction_policy="evict_first")
-    w = w.to(tl.float32)                                                                       # (ROWS, BLOCK)
+    w = tl.load(weight + tile * (ROWS * BLOCK) + inside, mask=inside < values_left, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(w), axis=1)                                                        # (ROWS,)
     if EXACT:
         largest = tl.where(tl.max((w != w).to(tl.int32), axis=1) > 0, float("nan"), largest)
-        floored = tl.where(largest < 1e-38, 1e-38, largest)
+        floor = tl.full([ROWS], 1e-38, tl.float32)             # a subnormal number: a literal would become a float64
+        floored = tl.where(largest < floor, floor, largest)
         ragged = (tile * ROWS + rows == n_blocks - 1) & (n % BLOCK != 0)                       # (ROWS,)
         largest = tl.where(ragged, floored, largest)
         divided = tl.math.div_rn(w, tl.broadcast_to(largest[:, None], [ROWS, BLOCK]))
@@ -137,7 +139,7 @@ def quantize_kernel(
     even, odd = tl.split(tl.reshape(codes, [ROWS, BLOCK // 2, 2]))
     inside = rows[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]                  # (ROWS, BLOCK / 2)
     byte = (even * 16 + odd).to(tl.uint8)
-    tl.store(packed + tile * (ROWS * BLOCK // 2) + inside, byte, mask=inside < bytes_left, eviction_policy="evict_first")
+    tl.store(packed + tile * (ROWS * BLOCK // 2) + inside, byte, mask=inside < bytes_left)
 
 
 @functools.lru_cache
