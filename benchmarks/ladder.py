@@ -22,6 +22,7 @@ from minqlora.kernels.quantize_4bit import bin_number, bins, flush, multiply, qu
 from minqlora.nf4 import NF4
 
 BLOCK = 64
+FIRST = ("evict_first", "evict_first")
 
 
 @triton.jit
@@ -40,13 +41,13 @@ def tree(v, m):
 @triton.jit
 def quantize_step(
     weight, packed, absmax, midpoints, table, n,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, BINS: tl.constexpr, SEARCH: tl.constexpr, EVICT: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, BINS: tl.constexpr, SEARCH: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     rows = tl.arange(0, ROWS)
     inside = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     left = tl.minimum(n - tile * (ROWS * BLOCK), ROWS * BLOCK).to(tl.int32)
-    w = tl.load(weight + tile * (ROWS * BLOCK) + inside, mask=inside < left, other=0.0, eviction_policy=EVICT).to(tl.float32)
+    w = tl.load(weight + tile * (ROWS * BLOCK) + inside, mask=inside < left, other=0.0, eviction_policy=IN).to(tl.float32)
     largest = flush(tl.max(tl.abs(w), axis=1))
     tl.store(absmax + tile * ROWS + rows, largest, mask=rows * BLOCK < left)
     v = tl.maximum(multiply(w, reciprocal(largest, True)[:, None], True), -1.0)
@@ -71,13 +72,14 @@ def quantize_step(
     even, odd = tl.split(tl.reshape(codes, [ROWS, BLOCK // 2, 2]))
     inside = rows[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
     byte = (even * 16 + odd).to(tl.uint8)
-    tl.store(packed + tile * (ROWS * BLOCK // 2) + inside, byte, mask=inside < left // 2, eviction_policy=EVICT)
+    tl.store(packed + tile * (ROWS * BLOCK // 2) + inside, byte, mask=inside < left // 2, eviction_policy=OUT)
 
 
 @triton.jit
 def dequantize_step(
     packed, absmax, absmax2, offset, code2, code, out, n,
-    BLOCK: tl.constexpr, BLOCK2: tl.constexpr, ROWS: tl.constexpr, LEVELS: tl.constexpr, WORDS: tl.constexpr, EVICT: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK2: tl.constexpr, ROWS: tl.constexpr,
+    LEVELS: tl.constexpr, WORDS: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0).to(tl.int64)
     rows = tl.arange(0, ROWS)
@@ -90,12 +92,12 @@ def dequantize_step(
     if WORDS:
         # Four bytes at once: value k of the eight stands in byte k / 2, the even one in its high half.
         inside = rows[:, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]
-        word = tl.load(start.to(tl.pointer_type(tl.int32)) + inside, mask=inside < left // 8, other=0, eviction_policy=EVICT)
+        word = tl.load(start.to(tl.pointer_type(tl.int32)) + inside, mask=inside < left // 8, other=0, eviction_policy=IN)
         k = tl.arange(0, 8)
         codes = tl.reshape((word[:, :, None] >> (k // 2 * 8 + 4 - k % 2 * 4)[None, None, :]) & 15, [ROWS, BLOCK])
     else:
         inside = rows[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
-        byte = tl.load(start + inside, mask=inside < left // 2, other=0, eviction_policy=EVICT).to(tl.int32)
+        byte = tl.load(start + inside, mask=inside < left // 2, other=0, eviction_policy=IN).to(tl.int32)
         codes = tl.interleave(byte >> 4, byte & 15)
     if LEVELS == "memory":
         values = tl.load(code + codes)
@@ -104,7 +106,7 @@ def dequantize_step(
         values = tl.reshape(values, [ROWS, BLOCK])
     inside = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     values = multiply(values, scale[:, None], True).to(out.dtype.element_ty)
-    tl.store(out + tile * (ROWS * BLOCK) + inside, values, mask=inside < left, eviction_policy=EVICT)
+    tl.store(out + tile * (ROWS * BLOCK) + inside, values, mask=inside < left, eviction_policy=OUT)
 
 
 def time_graph(call, copies: int) -> tuple[float, float, float]:
@@ -132,8 +134,7 @@ def time_graph(call, copies: int) -> tuple[float, float, float]:
 def copy_bandwidth() -> float:
     """GB/s, read and written, of a large copy on the GPU: what a kernel that only moves memory is compared with."""
     source, target = (torch.randint(0, 256, (2**30,), dtype=torch.uint8, device="cuda") for _ in range(2))
-    ms, *_ = time_graph(lambda i: target.copy_(source), 3)
-    return 2 * source.nbytes / ms / 1e6
+    return 2 * source.nbytes / triton.testing.do_bench(lambda: target.copy_(source), return_mode="median") / 1e6
 
 
 def report(name, time, moved, peak):
@@ -149,12 +150,12 @@ def quantize_ladder(weights, peak):
     count, table = bins(tuple(NF4.tolist()), weights[0].device)
     moved = n * (2 + 0.5 + 4 / BLOCK)
 
-    def step(name, search, rows, warps, evict="", **options):
+    def step(name, search, rows, warps, evict=("", ""), **options):
         def call(i):
             packed, absmax = (torch.empty_like(x) for x in wanted)
             quantize_step[triton.cdiv(n, rows * BLOCK),](
                 weights[i], packed, absmax, midpoints, table, n,
-                BLOCK=BLOCK, ROWS=rows, BINS=count, SEARCH=search, EVICT=evict, num_warps=warps, **options,
+                BLOCK=BLOCK, ROWS=rows, BINS=count, SEARCH=search, IN=evict[0], OUT=evict[1], num_warps=warps, **options,
             )  # fmt: skip
             return packed, absmax
 
@@ -171,7 +172,7 @@ def quantize_ladder(weights, peak):
     step("the same with 2 warps and 64 blocks", "lanes", 64, 2)
     step("the same with 16 blocks", "lanes", 16, 1)
     step("the same with 64 blocks", "lanes", 64, 1)
-    step("32 blocks, and both ends leave the cache first", "lanes", 32, 1, "evict_first")
+    step("32 blocks, and both ends leave the cache first", "lanes", 32, 1, FIRST)
     report("kernels/quantize_4bit.py", time_graph(lambda i: quantize_4bit(weights[i], NF4, BLOCK), copies), moved, peak)
 
     def both(i):
@@ -192,7 +193,7 @@ def dequantize_ladder(weights, peak):
     wanted = dequantize_4bit(packed, codes, shape, code, BLOCK, torch.bfloat16, (absmax2, offset, code2, 256))
     moved = n * (2 + 0.5 + 1 / BLOCK)
 
-    def step(name, levels, rows, warps, evict="", one_launch=True, words=False):
+    def step(name, levels, rows, warps, evict=("", ""), one_launch=True, words=False):
         def call(i):
             packed, absmax = inputs[i]
             nested = (absmax2, offset, code2) if one_launch else (None, None, None)
@@ -200,7 +201,8 @@ def dequantize_ladder(weights, peak):
                 absmax = double_dequantize(absmax, absmax2, offset, code2, 256)
             dequantize_step[triton.cdiv(n, rows * BLOCK),](
                 packed, absmax, *nested, code, outs[i], n,
-                BLOCK=BLOCK, BLOCK2=256, ROWS=rows, LEVELS=levels, WORDS=words, EVICT=evict, num_warps=warps, enable_fp_fusion=False,
+                BLOCK=BLOCK, BLOCK2=256, ROWS=rows, LEVELS=levels, WORDS=words, IN=evict[0], OUT=evict[1],
+                num_warps=warps, enable_fp_fusion=False,
             )  # fmt: skip
             return outs[i]
 
@@ -218,10 +220,10 @@ def dequantize_ladder(weights, peak):
     step("the same with 16 blocks", "lanes", 16, 1)
     step("the same with 64 blocks", "lanes", 64, 1)
     step("32 blocks, four bytes as one word", "lanes", 32, 1, words=True)
-    step("32 blocks, and both ends leave the cache first", "lanes", 32, 1, "evict_first")
-    step("the same with words", "lanes", 32, 1, "evict_first", words=True)
-    step("the same with words, 2 warps and 64 blocks", "lanes", 64, 2, "evict_first", words=True)
-    step("the same with bytes, 2 warps and 64 blocks", "lanes", 64, 2, "evict_first")
+    step("32 blocks, and both ends leave the cache first", "lanes", 32, 1, FIRST)
+    step("the same with words", "lanes", 32, 1, FIRST, words=True)
+    step("the same with words, 2 warps and 64 blocks", "lanes", 64, 2, FIRST, words=True)
+    step("the same with bytes, 2 warps and 64 blocks", "lanes", 64, 2, FIRST)
     nested = (absmax2, offset, code2, 256)
     final = time_graph(lambda i: dequantize_4bit(*inputs[i], shape, code, BLOCK, torch.bfloat16, nested, outs[i]), copies)
     report("kernels/dequantize_4bit.py", final, moved, peak)
