@@ -1,4 +1,4 @@
-"""AdamW for the adapters, and the two ways to keep its states from filling the GPU: in 8 bits, or in pages on the host.
+"""9. AdamW for the adapters, and the two ways to keep its states from filling the GPU: in 8 bits, or in pages on the host.
 
     m = beta1 m + (1 - beta1) g            first moment: where the gradient points
     v = beta2 v + (1 - beta2) g^2          second moment: how large it is
@@ -167,8 +167,9 @@ class AdamW8bit(torch.optim.Optimizer):
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
         if group["weight_decay"] > 0:
             p.mul_(1 - lr * group["weight_decay"])
-        p.addcdiv_(m, (v.sqrt() / math.sqrt(1 - beta2**t)).add_(group["eps"]), value=-lr / (1 - beta1**t))
+        p.addcdiv_(m, v.sqrt().div_(math.sqrt(1 - beta2**t)).add_(group["eps"]), value=-lr / (1 - beta1**t))
         scatter(p, parameters)
+        del p, g                                               # quantizing needs their room: 20 bytes a value at most, not 25
 
         for moment, values in (("1", m), ("2", v)):
             if eight:
