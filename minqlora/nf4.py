@@ -1,6 +1,6 @@
 """1. NF4: a weight in 4 bits (QLoRA section 2 and 3, Eq. 1, 2 and 4).
 
-A weight matrix of a language model looks like noise: its values are close to normally distributed around zero. Four bits give 16
+To fine-tune a model of 7 billion weights, one has to hold them first: 14 GB in 16 bits, 3.5 GB in 4. A weight matrix of a language model looks like noise: its values are close to normally distributed around zero. Four bits give 16
 values to choose from, so the question is which 16, and how to stretch them over a matrix whose values are of any size.
 
 **Blocks.** The matrix is read row by row as one long row of n values, and cut into blocks of 64. Each block keeps one float32, the
@@ -12,8 +12,8 @@ An outlier then spoils 63 neighbours, and not a whole matrix. The price is 32 bi
 (`double_quant.py` brings it down to 4.127). The paper calls this absmax c2 and the next file's scale c1; here they are `absmax`
 and `absmax2`.
 
-**Levels.** A code is a list of 16 levels in [-1, 1], and a value becomes the index of the nearest one. NF4 takes quantiles of the
-normal distribution, so that each level is used about equally often: narrow steps near zero, where weights crowd, and wide steps
+**Levels.** A code is a list of 16 levels in [-1, 1], and a value becomes the index of the nearest one. In the source `code` is the
+list, and `codes` are the indices. NF4 takes quantiles of the normal distribution, so that each level is used about equally often: narrow steps near zero, where weights crowd, and wide steps
 at the ends. Seven levels are negative, eight are positive and one is exactly zero: a weight that was pruned, or a padded row,
 stays what it was.
 
@@ -21,15 +21,15 @@ stays what it was.
 
 with Q the quantile of the standard normal distribution. This is what the authors' code computes, and a test derives it again. The
 paper's Eq. 4 says it otherwise, as the mean of neighbouring quantiles; read to the letter, that is symmetric, without a zero,
-and infinite at both ends. The literal 0.9677083 is where the outermost quantile stops short of infinity: 929/960, the mean of
-1 - 1/32 and 1 - 1/30, is where it likely comes from.
+and infinite at both ends. 0.9677083 stops the outermost quantile short of infinity. It is likely 929/960, the mean of 1 - 1/32 and
+1 - 1/30.
 
 **Memory layout.** Two codes make a byte, the even element in the high half:
 
     packed[i] = codes[2 i] << 4 | codes[2 i + 1]        uint8 ((n + 1) // 2, 1)
     absmax[b]                                           float32 (ceil(n / 64),)
 
-The last block may be ragged, and an odd n is padded with the code of zero.
+The last block may be ragged (shorter than the others), and an odd n is padded with the code of zero.
 
 **The same bytes as bitsandbytes.** On a CPU, `packed` and `absmax` equal those of bitsandbytes' CPU backend in every byte, at all of
 its block sizes. Three details decide that, each marked below: the reciprocal, the ragged block, and ties. Dequantized
@@ -73,9 +73,9 @@ def quantize_4bit(weight: Tensor, code: Tensor = NF4, blocksize: int = 64) -> tu
     """Quantize a weight of any shape to 4 bits, block by block (QLoRA section 2, Eq. 1).
 
         absmax_b = max |w_i|  over the blocksize values of block b
-        code_i   = argmin_j | w_i / absmax_b - code[j] |
+        codes_i  = argmin_j | w_i / absmax_b - code[j] |
 
-    Returns packed, uint8 ((n + 1) // 2, 1), and absmax, float32 (ceil(n / blocksize),).
+    Returns packed, uint8 ((n + 1) // 2, 1), and absmax, float32 (ceil(n / blocksize),), on the weight's device.
     """
     check_code(code, blocksize)
     if not weight.is_floating_point():
@@ -101,8 +101,8 @@ def quantize_4bit(weight: Tensor, code: Tensor = NF4, blocksize: int = 64) -> tu
         ragged = values.numel() % blocksize
         blocks = F.pad(values, (0, -values.numel() % blocksize)).view(-1, blocksize)      # (n_blocks, blocksize)
         largest = blocks.abs().amax(dim=1)                         # (n_blocks,)
-        # Multiply by the rounded reciprocal, as bitsandbytes does: a division lands on another level about once in ten million
-        # values. Without the floor, a block of zeros would become NaN.
+        # Multiply by the rounded reciprocal, as bitsandbytes does: a division lands on another level about once in 17 million values.
+        # Without the floor, a block of zeros would become NaN.
         scaled = blocks * (1 / largest.clamp_min(1e-38))[:, None]  # (n_blocks, blocksize), in [-1, 1] up to a rounding
         if ragged:
             # bitsandbytes treats the ragged block apart: it stores the floor, and divides. The padding stays zero, beside a NaN too.
@@ -121,7 +121,10 @@ def dequantize_4bit(
 ) -> Tensor:
     """Undo `quantize_4bit` up to the rounding to 16 levels (QLoRA section 2, Eq. 2).
 
-        w_i = code[code_i] * absmax_b      one float32 product, rounded to dtype
+        w_i = code[codes_i] * absmax_b     one float32 product, rounded to dtype
+
+    packed and absmax are what quantize_4bit returned for a weight of this shape, with the same code and blocksize. ValueError if they
+    cannot be. Returns the weight, in dtype.
     """
     check_code(code, blocksize)
     n = math.prod(shape)
@@ -149,7 +152,7 @@ def dequantize_4bit(
 
 
 def check_code(code: Tensor, blocksize: int) -> None:
-    """What a caller can get wrong: the code, and the block size."""
+    """ValueError unless code is 16 levels in float32, and blocksize one that the kernels have."""
     if code.shape != (16,) or code.dtype != torch.float32:
         raise ValueError(f"code is {code.dtype} of shape {tuple(code.shape)}; it must be float32 of shape (16,)")
     if blocksize not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
