@@ -1,6 +1,6 @@
 """2. Double quantization: the absmax in 8 bits (QLoRA section 3, the inner dequant of Eq. 6).
 
-One float32 for 64 weights is 0.5 bit a parameter, 400 MB for a model of 7 billion. But the absmaxes of a matrix are much alike, so
+One float32 for 64 weights is 0.5 bit a parameter, 440 MB for a model of 7 billion. But the absmaxes of a matrix are much alike, so
 they can be quantized in turn, to 8 bits, in groups of 256:
 
     offset  = mean(absmax)                                 they are all positive; centred, they use both signs of the code
@@ -11,7 +11,7 @@ they can be quantized in turn, to 8 bits, in groups of 256:
     after:   8/64 + 32/(64 * 256) = 0.127 bit a parameter, and one float for the whole matrix
 
 **The map.** The paper says FP8; what its authors run is neither of the FP8 formats that hardware has, but the signed *dynamic* map: a
-decade is chosen first, and the bits that this choice leaves over divide it evenly. Near 1, 64 levels share 0.1 to 1; seven decades
+decade is chosen first, and the bits that this choice leaves over divide it evenly. Near 1, 64 levels share 0.1 to 1; six decades
 down, a single one stands for 1e-7 to 1e-6. 127 levels of either sign, zero, and one:
 
     { ± 10^(i - 6) * midpoints of linspace(0.1, 1, 2^i + 1) : i = 0..6 } + {0} + {1}
@@ -49,7 +49,7 @@ DYNAMIC_MAP = dynamic_map()
 
 
 def double_quantize(absmax: Tensor, blocksize: int = 256) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize the absmaxes of a weight to 8 bits, in groups of blocksize.
+    """Quantize the absmaxes of a weight, float32 (n,) and finite, to 8 bits in groups of blocksize (QLoRA section 3).
 
     Returns codes, uint8 (n,), absmax2, float32 (ceil(n / blocksize),), and offset, float32 ().
     """
@@ -78,7 +78,7 @@ def double_quantize(absmax: Tensor, blocksize: int = 256) -> tuple[Tensor, Tenso
 
 
 def double_dequantize(codes: Tensor, absmax2: Tensor, offset: Tensor, blocksize: int = 256) -> Tensor:
-    """absmax_b = DYNAMIC_MAP[codes_b] * absmax2_g + offset: float32 (n,), the product rounded before the sum."""
+    """absmax_b = DYNAMIC_MAP[codes_b] * absmax2_g + offset: float32 (n,), the product rounded before the sum (inside Eq. 6)."""
     check_blocksize(blocksize)
     n = codes.numel()
     if absmax2.numel() != math.ceil(n / blocksize):
