@@ -1,7 +1,8 @@
 """1. NF4: a weight in 4 bits (QLoRA section 2 and 3, Eq. 1, 2 and 4).
 
-To fine-tune a model of 7 billion weights, one has to hold them first: 14 GB in 16 bits, 3.5 GB in 4. A weight matrix of a language model looks like noise: its values are close to normally distributed around zero. Four bits give 16
-values to choose from, so the question is which 16, and how to stretch them over a matrix whose values are of any size.
+To fine-tune a model of 7 billion weights, one has to hold them first: 14 GB in 16 bits, 3.5 GB in 4. A weight matrix of a language
+model looks like noise: its values are close to normally distributed around zero. Four bits give 16 values to choose from, so the
+question is which 16, and how to stretch them over a matrix whose values are of any size.
 
 **Blocks.** The matrix is read row by row as one long row of n values, and cut into blocks of 64. Each block keeps one float32, the
 largest magnitude in it, and is divided by that:
@@ -13,9 +14,9 @@ An outlier then spoils 63 neighbours, and not a whole matrix. The price is 32 bi
 and `absmax2`.
 
 **Levels.** A code is a list of 16 levels in [-1, 1], and a value becomes the index of the nearest one. In the source `code` is the
-list, and `codes` are the indices. NF4 takes quantiles of the normal distribution, so that each level is used about equally often: narrow steps near zero, where weights crowd, and wide steps
-at the ends. Seven levels are negative, eight are positive and one is exactly zero: a weight that was pruned, or a padded row,
-stays what it was.
+list, and `codes` are the indices. NF4 takes quantiles of the normal distribution, so that no level is used rarely: narrow steps near
+zero, where weights crowd, and wide steps at the ends. Seven levels are negative, eight are positive and one is exactly zero: a weight
+that was pruned, or a padded row, stays what it was.
 
     NF4 = sort( {Q(p): p in linspace(0.9677083, 1/2, 9)[:-1]} + {0} + {-Q(p): p in linspace(0.9677083, 1/2, 8)[:-1]} ) / max
 
