@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -141,25 +141,29 @@ def save_adapter(model: nn.Module, directory, base: str | None = None, metadata:
     for name, layer in layers.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A.detach().cpu().contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = layer.lora_B.detach().cpu().contiguous()
+    # Bytes, not save_file: its files can be read by their owner alone, whatever the umask says.
+    files = {
+        WEIGHTS: save(tensors, metadata={"format": "pt"} | (metadata or {})),
+        CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+    }
 
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    new = {name: directory / f"{name}.new" for name in (WEIGHTS, CONFIG)}
     try:
-        save_file(tensors, new[WEIGHTS], metadata={"format": "pt"} | (metadata or {}))
-        new[CONFIG].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        # On the disk before the old ones go: a file system may take a write now and find no room for it later.
-        for path in new.values():
-            with open(path, "rb+") as file:
+        for name, content in files.items():
+            with open(directory / f"{name}.new", "wb") as file:
+                file.write(content)
+                file.flush()
+                # On the disk before the old ones go: a file system may take a write now and find no room for it later.
                 os.fsync(file.fileno())
     except BaseException as error:
-        for path in new.values():
-            path.unlink(missing_ok=True)
-        if isinstance(error, OSError | SafetensorError):
+        for name in files:
+            (directory / f"{name}.new").unlink(missing_ok=True)
+        if isinstance(error, OSError):
             raise OSError(f"the adapter was not saved in {directory}; what was there before is unchanged: {error}") from error
         raise
-    for name, path in new.items():
-        os.replace(path, directory / name)
+    for name in files:
+        os.replace(directory / f"{name}.new", directory / name)
 
 
 # What describes an adapter, what PEFT writes without meaning for the product, and the initializations that leave the base as it is.

@@ -1,6 +1,7 @@
 """lora.py: the product by hand, what is random, and adapters on disk. PEFT itself reads and writes them in test_parity_peft.py."""
 
 import json
+import os
 import resource
 
 import pytest
@@ -329,6 +330,15 @@ def test_what_cannot_be_saved_is_said(tmp_path):
     with pytest.raises(ValueError, match="the adapters differ in"):
         save_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_both_files_can_be_read_by_whom_the_umask_lets(tmp_path):
+    umask = os.umask(0o027)
+    try:
+        save_adapter(adapted(), tmp_path)
+    finally:
+        os.umask(umask)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {WEIGHTS: 0o640, CONFIG: 0o640}
 
 
 def test_a_disk_that_fills_up_leaves_the_previous_adapter_whole(tmp_path):
