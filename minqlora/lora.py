@@ -2,24 +2,29 @@
 
     Y = X W^T + b + scale · (dropout(X) A^T) B^T        scale = alpha / rank
 
-W, of (out_features, in_features), is frozen. A, of (rank, in_features), and B, of (out_features, rank), are trained: at rank 64 a square
-matrix of 4096 has 0.5 million values to train in place of 16.8, and Adam's two moments are as much smaller. A starts random, with
-the bound 1/sqrt(in_features) of PyTorch's own linear layers, and B starts at zero: at the first step the model is the base, exactly. The
-initial values come from PyTorch's CPU generator on every machine, so a seed gives the same adapters with and without a GPU.
+W, of (out_features, in_features), is frozen. What training adds to it is the product of two thin matrices, a change of low rank: A, of
+(rank, in_features), and B, of (out_features, rank). At rank 64 a square matrix of 4096 has 0.5 million values to train in place of 16.8,
+and Adam's two moments are as much smaller. Dividing by the rank keeps the size of the change when the rank is another.
+
+A starts random, with the bound 1/sqrt(in_features) of PyTorch's own linear layers, and B starts at zero: at the first step the model is
+the base, exactly. The initial values come from PyTorch's CPU generator on every machine, so a seed gives the same adapters with and
+without a GPU.
 
 Dropout acts on the input of A alone; the base sees all of X.
 
 **Types.** The paper computes in bfloat16. Here A and B rest in float32, so that small updates are not rounded away, and are cast to the
 type of X for the product; their gradients arrive in float32. Over a float32 X nothing is cast.
 
-**Files.** An adapter is saved as PEFT saves it, and PEFT's files load here:
+**Files.** An adapter is saved as PEFT, Hugging Face's library of adapters, saves it, and PEFT's files load here:
 
     adapter_config.json         r, lora_alpha, lora_dropout, target_modules, ...
     adapter_model.safetensors   base_model.model.NAME.lora_A.weight and .lora_B.weight for every adapted layer NAME
 
-Whatever else a configuration may ask for (DoRA, rank patterns, biases, ...) changes the product above. It is refused by its name,
-since an adapter that loads and then computes something else is worse than none. Both files are written beside the old ones and take
-their place only when they are whole: a disk that fills up leaves the previous adapter as it was.
+Whatever else a configuration may ask for (DoRA, trained biases, other ranks for some layers, ...) changes the product above. It is
+refused by its name, since an adapter that loads and then computes something else is worse than none.
+
+Both files are written beside the old ones and take their place only when they are whole: a disk that fills up leaves the previous
+adapter as it was.
 """
 
 import json
@@ -39,7 +44,10 @@ PREFIX = "base_model.model."
 
 
 class LoRALinear(nn.Module):
-    """Wraps any layer with in_features, out_features and a weight: an nn.Linear, or one in 4 bits."""
+    """x (..., in_features) -> base(x) + scale · (dropout(x) A^T) B^T, (..., out_features) (QLoRA Eq. 3).
+
+    base is any layer with in_features, out_features and a weight: an nn.Linear, or one in 4 bits. It is frozen. A and B rest in dtype.
+    """
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, dropout: float = 0.0, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -52,8 +60,8 @@ class LoRALinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         device = base.weight.device
-        A = torch.empty(rank, base.in_features, device="meta" if device.type == "meta" else "cpu")
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        bound = base.in_features**-0.5
+        A = torch.empty(rank, base.in_features, device="meta" if device.type == "meta" else "cpu").uniform_(-bound, bound)
         self.lora_A = nn.Parameter(A.to(device, dtype))                                                # (rank, in_features)
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=dtype))   # (out_features, rank)
 
@@ -79,7 +87,10 @@ class LoRALinear(nn.Module):
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer by its name, whatever its class: a subclass of nn.Linear too, one in 4 bits, one with an adapter (once)."""
+    """Every linear layer by its name, whatever its class: a subclass of nn.Linear too, or one in 4 bits.
+
+    One with an adapter stands there once, as the LoRALinear, and not again as its base.
+    """
     adapted = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, LoRALinear))
     return {
         name: module
@@ -99,7 +110,9 @@ def matches(name: str, target: str) -> bool:
 
 def chosen(name: str, targets: str | list[str]) -> bool:
     """Whether a configuration's target_modules mean this layer: a regular expression for the whole name, or a list of targets."""
-    return bool(re.fullmatch(targets, name)) if isinstance(targets, str) else any(matches(name, target) for target in targets)
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return any(matches(name, target) for target in targets)
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -111,15 +124,15 @@ def save_adapter(model: nn.Module, directory, base: str | None = None, metadata:
     """Write the adapters of a model in PEFT's format.
 
     base is the name or path of the model they belong to. metadata (a hash of the base, say) goes into the safetensors header, where PEFT
-    ignores it.
+    ignores it. ValueError if there are none, or if they differ in rank, alpha or dropout; OSError if they cannot be written.
     """
     layers = adapters(model)
     if not layers:
         raise ValueError("the model has no adapters to save; add_lora puts them in")
-    shapes = {(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}
-    if len(shapes) > 1:
-        raise ValueError(f"the adapters differ in (rank, alpha, dropout): {sorted(shapes)}; a configuration has room for one")
-    rank, alpha, dropout = shapes.pop()
+    settings = {(layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}
+    if len(settings) > 1:
+        raise ValueError(f"the adapters differ in (rank, alpha, dropout): {sorted(settings)}; a configuration has room for one")
+    rank, alpha, dropout = settings.pop()
 
     # Short names say the same wherever all layers of that name are adapted; else each layer is named in full.
     short = {name.rpartition(".")[2] for name in layers}
@@ -203,7 +216,10 @@ def read_config(directory: Path) -> dict:
         raise ValueError(f"{path}: not what the setting needs: {', '.join(wrong)}")
     config = {"lora_dropout": 0.0, "bias": "none", "init_lora_weights": True} | config
     refused = [key for key, value in config.items() if value and key not in READ | WITHOUT_MEANING | {"bias", "init_lora_weights"}]
-    refused += ["bias"] * (config["bias"] != "none") + ["init_lora_weights"] * (config["init_lora_weights"] not in INITIALIZATIONS)
+    if config["bias"] != "none":
+        refused.append("bias")
+    if config["init_lora_weights"] not in INITIALIZATIONS:
+        refused.append("init_lora_weights")
     if refused:
         settings = ", ".join(f"{key}={config[key]!r}" for key in refused)
         raise ValueError(f"{path} asks for what is not built here: {settings}")
@@ -214,7 +230,7 @@ def load_adapter(model: nn.Module, directory, dtype: torch.dtype = torch.float32
     """Read adapters in PEFT's format into a model. Returns the metadata of the file.
 
     The model is frozen and its layers are wrapped as by add_lora, with adapters in dtype; a model that has adapters on the same layers
-    already keeps them and takes the values. Nothing changes unless every key fits.
+    already keeps them and takes the values. Nothing changes unless every key fits: else a ValueError names each that does not.
     """
     directory = Path(directory)
     config = read_config(directory)
@@ -238,8 +254,10 @@ def load_adapter(model: nn.Module, directory, dtype: torch.dtype = torch.float32
     problems = [f"missing: {key}" for key in expected if key not in tensors]
     problems += [f"unexpected: {key}" for key in tensors if key not in expected]
     for name, layer in adapters(model).items():
-        problems += [f"adapted in the model, but not in the file: {name}"] * (name not in layers)
-        problems += [f"rank of {name}: {layer.rank} in the model, {rank} in the file"] * (layer.rank != rank)
+        if name not in layers:
+            problems.append(f"adapted in the model, but not in the file: {name}")
+        if layer.rank != rank:
+            problems.append(f"rank of {name}: {layer.rank} in the model, {rank} in the file")
     problems += [
         f"misshapen: {key} is {tuple(tensors[key].shape)}, the model needs {shape}"
         for key, shape in expected.items()
