@@ -256,6 +256,12 @@ class FusedForward(torch.autograd.Function):
     def backward(ctx, grad):
         block, (x, seeds, written, *spare) = ctx.block, ctx.saved_tensors
         readers, writer = block.readers, block.writer
+        # One matrix holds first [dg | da | of the spare columns], then [d up | d qkv].
+        up_rows, rows = readers[0].places[0].stop, sum(product.rows for product in readers)
+        matrix = x.new_empty(len(x), max(writer.full_width, rows))
+        wide = matrix[:, : writer.full_width]
+        torch.mm(grad, writer.weight(x), out=wide)                   # before the readers' weights are there: one workspace at a time
+
         inputs = block.normed(x)
         for h, filled, product in zip(inputs, spare, readers, strict=True):
             h[:, product.width :] = filled
@@ -268,11 +274,6 @@ class FusedForward(torch.autograd.Function):
                 qkv = leaf(qkv, ctx.shape)
                 mixed = mix(qkv, block.attention, ctx.context)
 
-        # One matrix holds first [dg | da | of the spare columns], then [d up | d qkv].
-        rows = up.shape[1] + qkv.shape[2]
-        matrix = x.new_empty(len(x), max(writer.full_width, rows))
-        wide = matrix[:, : writer.full_width]
-        torch.mm(grad, writer.weight(x), out=wide)
         first, second = writer.columns
         if drops(writer.linears[0]):
             writer.add_lora_gradient_(wide, 0, seeds[2])
@@ -286,7 +287,7 @@ class FusedForward(torch.autograd.Function):
         for i, inp in enumerate((g, mixed.detach().flatten(0, 1))):
             written_adapters += writer.adapter_gradients(i, inp, xas[i], writer.inner(wide, i), grad, seeds[2 + i])
         (change,) = torch.autograd.grad(mixed, qkv, wide[:, second].unflatten(0, ctx.shape))
-        matrix[:, up.shape[1] : rows] = change.flatten(0, 1)
+        matrix[:, up_rows:rows] = change.flatten(0, 1)
         ctx.kept = up = g = qkv = mixed = change = None              # their memory is wanted below
 
         grad_x, read_adapters = grad, []

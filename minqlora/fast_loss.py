@@ -8,8 +8,8 @@ overwrites the logits, and one product turns it into the gradient of the hidden 
 
 **At 512 tokens a step the GPU waits for Python.** A step of Falcon-7B launches some 3 000 kernels; on a H100 they take 56 ms, and
 launching them 300. `GraphedLoss` records the forward and the backward of a batch's shape once, as a CUDA graph, and replays it: one launch.
-A replay computes loss and gradients together, into the same memory each time; to autograd it looks like one function of the adapters, so
-the training loop does not change. Rows are padded to a multiple of 64 tokens, so that a few recordings serve all batches.
+A replay computes loss and gradients together, and `loss.backward()` hands the gradients over, so the training loop does not change.
+Rows are padded to a multiple of 64 tokens, so that a few recordings serve all batches.
 """
 
 import torch
@@ -70,7 +70,7 @@ class GraphedLoss:
     def __init__(self, model: Falcon, most_tokens: int = 4096):
         self.model, self.most_tokens = model, most_tokens
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # All recordings write their gradients here: none is alive when the next replay starts.
+        # All recordings write here, and backward makes it the parameters' own: a gradient is in memory once, with a recording or without.
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.recordings, self.pool = {}, None
 
@@ -89,6 +89,10 @@ class GraphedLoss:
         if ids.shape not in self.recordings:
             self.recordings[ids.shape] = self.record(ids, labels)
         graph, static_ids, static_labels, loss = self.recordings[ids.shape]
+        # Where a step has several batches, what the last one left is still wanted.
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            if parameter.grad is gradient:
+                parameter.grad = gradient.clone()
         static_ids.copy_(ids)
         static_labels.copy_(labels)
         graph.replay()
@@ -119,7 +123,7 @@ class GraphedLoss:
 
 
 class Replay(torch.autograd.Function):
-    """The loss as a function of the adapters, whose gradients were computed along with it."""
+    """The loss as a function of the adapters. Its backward gives them the gradients that were computed along with it."""
 
     @staticmethod
     def forward(ctx, graphed, ids, labels, *parameters):
@@ -128,4 +132,8 @@ class Replay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return None, None, None, *torch._foreach_mul(ctx.graphed.gradients, grad_loss)
+        graphed = ctx.graphed
+        torch._foreach_mul_(graphed.gradients, grad_loss)
+        for parameter, gradient in zip(graphed.parameters, graphed.gradients, strict=True):
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return None, None, None, *[None] * len(graphed.parameters)
