@@ -26,6 +26,8 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
 
 def quantize_linears(model: nn.Module, code=NF4, blocksize: int = 64, double_quant: bool = True) -> nn.Module:
     """Replace every nn.Linear of every block by a Linear4bit, one at a time, in place."""
+    if adapters(model):
+        raise ValueError(f"the model has adapters, on {len(adapters(model))} layers; quantize it before add_lora")
     for name, linear in block_linears(model).items():
         if isinstance(linear, nn.Linear):
             replace(model, name, Linear4bit.from_weight(linear.weight, linear.bias, code, blocksize, double_quant))
@@ -36,7 +38,8 @@ def add_lora(model: nn.Module, rank: int = 64, alpha: float = 16, dropout: float
     """Freeze the model and give its linear layers adapters, in place.
 
     targets is "all" (every linear layer of every block, as the paper does), or names: the ends of layer names, such as
-    ["query_key_value", "mlp.dense_h_to_4h"].
+    ["query_key_value", "mlp.dense_h_to_4h"]. dtype is that of A and B. The defaults are the paper's, for models of 7 and 13 billion.
+    ValueError, and an unchanged model, if it has adapters already or a target matches nothing.
     """
     if adapters(model):
         raise ValueError(f"the model has adapters already, on {len(adapters(model))} layers; merge_lora merges them first")
@@ -79,6 +82,7 @@ def weight_of(layer: nn.Module) -> torch.Tensor:
 
 
 def plain_linear(weight, bias, dtype) -> nn.Linear:
+    """A frozen nn.Linear in dtype. On meta the layer costs no memory before its values are put in."""
     out_features, in_features = weight.shape
     linear = nn.Linear(in_features, out_features, bias is not None, device="meta")
     linear.weight = frozen(weight.to(dtype))

@@ -66,6 +66,11 @@ def test_the_linears_of_a_block_are_all_of_them_and_neither_head_nor_embedding()
     assert list(block_linears(model)) == ALL
 
 
+def test_a_model_with_adapters_is_not_quantized_without_a_word():
+    with pytest.raises(ValueError, match="the model has adapters, on 4 layers; quantize it before add_lora"):
+        quantize_linears(add_lora(some_model(), rank=2))
+
+
 def test_every_linear_of_every_block_is_quantized_and_nothing_else():
     model, ids = some_model(), some_ids(2, 7)
     expected = {name: Linear4bit.from_weight(layer.weight, layer.bias).dequantize() for name, layer in block_linears(model).items()}
