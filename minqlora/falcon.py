@@ -29,7 +29,8 @@ another model, most of all beyond position 256, where bf16 counts by twos.
 
 **The cache** keeps keys and values of past tokens, one head of each for multi-query. It is allocated once, and where
 the next token goes is a tensor on the device, not a Python number: every decode step has the same shapes and the same memory, and
-can be captured as a CUDA graph. What is not filled yet is masked.
+can be captured as a CUDA graph. What is not filled yet is masked. The first call, the prompt, looks at its own tokens alone and never
+at the cache: without padding it is plain causal attention, however much was allocated.
 
 The module names are those of Hugging Face's checkpoints, so a state dict maps one to one. Nothing here knows of 4 bits or of
 LoRA: both replace the `nn.Linear`s of the blocks.
@@ -183,6 +184,13 @@ class KeyValueCache:
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.present = torch.zeros(batch, length, device=device, dtype=torch.bool)    # which slots hold a token that is not padding
         self.filled = torch.zeros((), device=device, dtype=torch.int64)               # how many slots are taken, the same in every row
+        self.empty = True                                                             # before the first call; known without asking a GPU
+
+    def clear(self) -> None:
+        """Empty again, in the same memory."""
+        self.filled.zero_()
+        self.present.zero_()
+        self.empty = True
 
     def reserve(self, tokens: int, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Take the next `tokens` slots for a call. Returns the slots (tokens,) and who is present (batch, length)."""
@@ -190,6 +198,7 @@ class KeyValueCache:
         new = self.present.new_ones(len(self.present), tokens) if attention_mask is None else attention_mask.bool()
         self.present.index_copy_(1, slots, new)
         self.filled += tokens
+        self.empty = False
         return slots, self.present
 
     def append(self, layer: int, slots: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,6 +214,7 @@ class Context:
     rotary: tuple[Tensor, Tensor] | None    # cosine and sine, each (batch or 1, tokens, head_dim); None with ALiBi
     mask: Tensor | None                     # (batch or 1, heads or 1, tokens, length), bool or ALiBi's bias; None: causal, nothing else
     cache: KeyValueCache | None
+    past: bool                              # whether the cache held tokens before this call
     slots: Tensor                           # (tokens,): where the call's tokens stand among the keys
 
 
@@ -233,7 +243,8 @@ class FalconAttention(nn.Module):
         query = query.flatten(2, 3).transpose(1, 2)                                      # (batch, heads, tokens, head_dim)
         key, value = key.squeeze(3).transpose(1, 2), value.squeeze(3).transpose(1, 2)    # (batch, kv_heads, tokens, head_dim)
         if context.cache is not None:
-            key, value = context.cache.append(self.layer, context.slots, key, value)     # (batch, kv_heads, length, head_dim)
+            stored = context.cache.append(self.layer, context.slots, key, value)         # (batch, kv_heads, length, head_dim)
+            key, value = stored if context.past else (key, value)
         key, value = self._for_every_head(key), self._for_every_head(value)              # (batch, heads, length, head_dim)
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=context.mask, is_causal=context.mask is None, dropout_p=self.dropout if self.training else 0.0
@@ -332,10 +343,11 @@ class Falcon(nn.Module):
 
     def _context(self, tokens: int, record: Tensor | None, cache: KeyValueCache | None, x: Tensor) -> Context:
         config = self.config
-        if cache is None:
-            slots = torch.arange(tokens, device=x.device)
-        else:
-            slots, record = cache.reserve(tokens, record)
+        past = cache is not None and not cache.empty
+        slots = torch.arange(tokens, device=x.device)
+        if cache is not None:
+            slots, present = cache.reserve(tokens, record)
+            record = present if past else record
         # (1, tokens) or (batch, length); padding stands at 0
         positions = slots[None] if record is None else ((record > 0).cumsum(dim=1) - 1) * (record > 0)
         mask = None
@@ -351,7 +363,7 @@ class Falcon(nn.Module):
             mask = bias.masked_fill(~mask, -torch.inf)                                # (batch, heads, tokens, length)
         else:
             rotary = rotary_angles(positions[:, slots], config.head_dim, config.rope_theta, x.dtype)
-        return Context(rotary, mask, cache, slots)
+        return Context(rotary, mask, cache, past, slots)
 
     def new_cache(self, batch: int, length: int) -> KeyValueCache:
         """An empty cache for `length` tokens of `batch` rows, on the model's device and in its dtype."""

@@ -272,6 +272,20 @@ def test_token_by_token_with_a_cache_equals_all_at_once(variant):
     assert cache.filled == 270
 
 
+@variants
+def test_the_first_call_looks_at_its_own_tokens_and_at_no_other_slot(variant):
+    model = small(variant)
+    ids, mask = padded_batch([20, 12])
+    with torch.no_grad():
+        for some in (mask, None):
+            expected = model(ids, some)
+            cache = model.new_cache(2, 600)
+            for use in ("new", "cleared"):
+                cache.keys.fill_(torch.nan), cache.values.fill_(torch.nan)
+                assert torch.equal(model(ids, some, cache), expected), use
+                cache.clear()
+
+
 @pytest.mark.parametrize(
     ("config", "bytes_a_token"),
     [
