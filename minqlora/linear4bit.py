@@ -106,15 +106,18 @@ class Linear4bit(nn.Module):
         layer._move_levels()
         return layer
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, lora_xa: Tensor | None = None, lora_B: Tensor | None = None) -> Tensor:
+        """x W^T + bias; with lora_xa (..., rank) and lora_B (out_features, rank), which come together, + lora_xa lora_B^T."""
         if x.is_cuda:
             from minqlora.kernels.matmul_4bit import matmul_4bit
 
             return matmul_4bit(
-                x, self.weight, self.absmax, self.code, self.out_features, self.in_features, self.blocksize, self._nested(), self.bias
-            )
+                x, self.weight, self.absmax, self.code, self.out_features, self.in_features, self.blocksize, self._nested(), self.bias,
+                lora_xa, lora_B,
+            )  # fmt: skip
         y = Product4bit.apply(x, (self.out_features, self.in_features), self.blocksize, *self._stored())
-        return y if self.bias is None else y + self.bias.to(y.dtype)           # (..., out_features)
+        y = y if self.bias is None else y + self.bias.to(y.dtype)              # (..., out_features)
+        return y if lora_xa is None else y + F.linear(lora_xa, lora_B)
 
     def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
         """W, (out_features, in_features), in dtype: a new tensor, or out, which may be some columns of a wider one."""

@@ -59,6 +59,16 @@ def test_any_code_and_block_size(code, double_quant):
         assert torch.equal(layer.dequantize(), single)
 
 
+def test_a_second_product_is_added_where_it_is_given():
+    layer, x = some_layer(), some_x(3, 80)
+    xa, B = torch.randn(3, 4, requires_grad=True), torch.randn(48, 4, requires_grad=True)
+    y = layer(x, xa, B)
+    # Four terms more in a sum of 80, in float32.
+    torch.testing.assert_close(y, layer(x) + xa @ B.T, rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    torch.testing.assert_close(xa.grad, B.detach().sum(0).expand(3, 4))
+
+
 @both_ways
 def test_gradcheck(double_quant):
     layer = some_layer(12, 7, double_quant=double_quant)
