@@ -12,7 +12,9 @@ costs one pass over the weights, whatever the length: at batch 1, memory bandwid
 out and positions count real tokens alone, so each prompt gets what it would get alone. A row that has said eos is
 finished: it is filled with eos until the last row is done.
 
-Any model will do that has `hidden_states(input_ids, attention_mask, cache)`, `lm_head`, `new_cache(batch, length)` and
+**On a GPU** `fast_decode.py` does the same with each step recorded as a CUDA graph. Everything below stays the definition.
+
+On a CPU any model will do that has `hidden_states(input_ids, attention_mask, cache)`, `lm_head`, `new_cache(batch, length)` and
 `config.max_position_embeddings`.
 """
 
@@ -34,7 +36,7 @@ def generate(
 ) -> Tensor:
     """Prompts (batch, tokens), padded on the left -> prompts and answers (batch, tokens + at most max_new_tokens)."""
     steps = generate_steps(model, input_ids, attention_mask, max_new_tokens, temperature, top_p, eos_token_id, generator)
-    return torch.cat([input_ids, *(ids[:, None] for ids in steps)], dim=1)
+    return torch.cat([input_ids, torch.stack(list(steps), dim=1).to(input_ids)], dim=1)
 
 
 # Gradients are off while a step runs and as they were at each yield: the caller's own code runs outside.
@@ -51,7 +53,8 @@ def generate_steps(
 ) -> Iterator[Tensor]:
     """The same, as it comes: yields the ids (batch,) of each step, eos included, and ends when every row has said eos.
 
-    While it runs the model is in eval mode; afterwards, or when the iterator is closed, every module is as it was before.
+    While it runs the model is in eval mode; afterwards, or when the iterator is closed, every module is as it was before. From a GPU
+    the ids come in host memory: to read them is to wait for them alone, and not for the step that is on its way by then.
     """
     _check(model, input_ids, attention_mask, max_new_tokens, temperature, top_p)
     batch, tokens = input_ids.shape
@@ -61,6 +64,13 @@ def generate_steps(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
+        if input_ids.is_cuda:
+            # Here, not at the top: the pair knows this file, and nobody on a CPU needs it.
+            from minqlora.fast_decode import decode_steps
+
+            how = (max_new_tokens, temperature, top_p, eos, generator)
+            yield from decode_steps(model, input_ids, attention_mask, *how, keep=not modes[0][1])
+            return
         # The last token is never sent back, so its keys need no place.
         cache = model.new_cache(batch, tokens + max_new_tokens - 1)
         hidden = model.hidden_states(input_ids, attention_mask, cache)                    # (batch, tokens, hidden_size)
@@ -89,8 +99,14 @@ def sample(logits: Tensor, temperature: float = 0.0, top_p: float = 1.0, generat
         # A token stays while those before it have not reached p: so the largest always does.
         before = largest.cumsum(dim=-1) - largest
         largest = largest.masked_fill(before >= top_p, 0.0)
-        return ids.gather(-1, torch.multinomial(largest, 1, generator=generator)).squeeze(-1)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+        return ids.gather(-1, draw(largest, generator)).squeeze(-1)
+    return draw(probabilities, generator).squeeze(-1)
+
+
+def draw(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One index (batch, 1) for each row of weights (batch, n), which need not sum to 1: the first arrival among exponential waits."""
+    # The very draws of torch.multinomial, which before each asks the device whether the weights are finite, and waits for the answer.
+    return (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(dim=-1, keepdim=True)
 
 
 def _check(model, input_ids, attention_mask, max_new_tokens, temperature, top_p) -> None:

@@ -20,11 +20,12 @@ ARROWS = {
     "data": set(),
     "optim": set(),
     "train": {"data"},
-    "generate": set(),
+    "generate": {"fast_decode"},    # on its `is_cuda` line alone, as nf4 takes its kernel; a test below keeps it off the top
     "plan": {"falcon", "activations"},
     "activations": {"falcon"},
     "fast": {"falcon", "lora", "kernels"},
     "fast_loss": {"falcon", "fast"},
+    "fast_decode": {"falcon", "generate", "lora", "kernels"},
     "parallel": {"qlora", "train"},
 }
 
@@ -68,6 +69,11 @@ def test_triton_is_imported_only_where_a_kernel_is_launched():
         for name, at_top in imports(path):
             assert not name.startswith("triton"), f"{path.name} imports triton itself"
             assert not (at_top and name.startswith("minqlora.kernels")), f"{path.name} imports kernels at its top"
+
+
+def test_sampling_takes_its_pair_for_a_gpu_only_where_there_is_one():
+    assert ("minqlora.fast_decode", False) in set(imports(ROOT / "minqlora" / "generate.py"))
+    assert not {name for name, at_top in imports(ROOT / "minqlora" / "generate.py") if at_top and name.startswith("minqlora")}
 
 
 def test_importing_minqlora_does_not_import_triton():

@@ -1,0 +1,338 @@
+"""15. Decoding on a GPU: one step, recorded once, replayed for each token.
+
+generate.py is the definition and falcon.py its model; this is their pair for a GPU. A decode step of Falcon-7B reads 3.4 GB of packed
+weights and 0.6 GB of head, 1.3 ms on an H100, and consists of some 400 launches, which take Python ten times as long. So the step,
+from the ids to the logits, is recorded as a CUDA graph over a cache that stays where it is. What else it takes:
+
+**A step waits for nobody.** The host launches step t + 1 before it looks at token t, so the GPU has work while a token is decoded,
+printed and compared with eos. Ids reach the host by a copy of their own into pinned memory, with an event behind it: who reads
+token t waits for token t, and not for what was launched after it. An answer that ends has cost one step too many, and nothing else:
+tokens are drawn by generate.py's own `sample`, outside the recording, in the same order from the same generator.
+
+**Fewer launches** than the block written out has: `kernels/decode.py` adds a block's two results to the residual and norms the sum, and
+adds the LoRA part on the way into GELU; `kernels/decode_attention.py` turns query and key, writes the cache and attends, over the
+slots that are filled at that time and no others.
+
+**Two streams.** Few blocks of threads cannot keep a GPU's memory busy: a small product ends before it is up to speed. The parallel
+block has two chains that do not need each other, and the short one runs beside the long one:
+
+    main   norm -> up ---------------------> GELU -> down ------------------------> + residual, in the next norm
+    side        -> x A^T, qkv, attention -'      -> g A^T, a A^T, dense ----------'
+
+**Adapters off the long chain.** Their traffic is 3 % of the weights', but six small products a block, one after the other, would cost
+far more. A of up and qkv stand above each other and are one product; it and the A of down and dense run on the side stream. Down and
+dense add into the same output, so one of them, dense, adds the LoRA part of both: [g A_down^T | a A_dense^T] [s B_down | s B_dense]^T. The
+products read copies in the model's dtype with B scaled, 2 bytes a value of the adapter, refreshed at each call.
+
+**What stays.** A model in eval mode keeps its last decoder: the copies, the cache, the recording; the next call with as many rows and
+no more tokens starts at once. A model in training mode is on its way to be trained, where memory is dear: it keeps nothing.
+
+On a CPU the same steps run unrecorded and every kernel's place is taken by what defines it; that is how they are tested without a GPU.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minqlora.falcon import Falcon, FalconBlock, alibi_bias, rotary_angles
+from minqlora.generate import sample
+from minqlora.lora import LoRALinear
+
+ROUND_LENGTH = 256    # a cache is made a little longer than asked for, so that the next call fits too
+
+
+def add_norm(x: Tensor, added: list[Tensor], norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """x + added, and its norm: (batch, hidden_size) each."""
+    if x.is_cuda:
+        from minqlora.kernels.decode import add_norm as kernel
+
+        return kernel(x, added, norm.weight, norm.bias, norm.eps)
+    x = sum(added, x)
+    return x, norm(x)
+
+
+def gelu(u: Tensor, xa: Tensor | None, B: Tensor | None) -> Tensor:
+    """gelu(u + xa B^T)"""
+    if u.is_cuda:
+        from minqlora.kernels.decode import gelu as kernel
+
+        return kernel(u) if xa is None else kernel(u, xa, B)
+    return F.gelu(u if xa is None else torch.addmm(u, xa, B.T))    # (batch, ffn_hidden_size)
+
+
+def product(base: nn.Module, x: Tensor, xa: Tensor | None = None, B: Tensor | None = None) -> Tensor:
+    """base(x) + xa B^T, in one product where the base is in 4 bits; base(x) where xa is None."""
+    if xa is None:
+        return base(x)
+    return torch.addmm(base(x), xa, B.T) if isinstance(base, nn.Linear) else base(x, xa.contiguous(), B)
+
+
+class Linears:
+    """Linears that share an input, their A above each other, or that add into one output, their B side by side; adapted or not."""
+
+    def __init__(self, modules: list[nn.Module], dtype: torch.dtype, share_input: bool):
+        self.bases = [module.base if isinstance(module, LoRALinear) else module for module in modules]
+        self.adapters = [module if isinstance(module, LoRALinear) else None for module in modules]
+        self.ranks = [0 if adapter is None else adapter.rank for adapter in self.adapters]
+        ins, outs = [base.in_features for base in self.bases], [base.out_features for base in self.bases]
+
+        def empty(rows: int, columns: int) -> Tensor:
+            return torch.empty(rows, columns, dtype=dtype, device=self.bases[0].weight.device)
+
+        if share_input:
+            self.A = empty(sum(self.ranks), ins[0])
+            self.As, self.Bs = self.A.split(self.ranks), list(map(empty, outs, self.ranks))
+        else:
+            self.B = empty(outs[0], sum(self.ranks))
+            self.As, self.Bs = list(map(empty, self.ranks, ins)), self.B.split(self.ranks, dim=1)
+
+    def refresh(self) -> None:
+        """Take over what the adapters are now."""
+        for adapter, A, B in zip(self.adapters, self.As, self.Bs, strict=True):
+            if adapter is not None:
+                A.copy_(adapter.lora_A)
+                torch.mul(adapter.lora_B, adapter.scale, out=B)
+
+    def inner_of_each(self, x: Tensor) -> list[Tensor | None]:
+        """x A^T (batch, rank) for each of the linears that share the input x; None without an adapter."""
+        if not any(self.ranks):
+            return [None] * len(self.ranks)
+        return [xa if xa.shape[1] else None for xa in torch.mm(x, self.A.T).split(self.ranks, dim=1)]
+
+    def inner_of_all(self, *inputs: Tensor) -> Tensor | None:
+        """[x A^T | ...] (batch, sum of ranks) of the linears that add into one output; None without an adapter."""
+        if not any(self.ranks):
+            return None
+        together = inputs[0].new_empty(len(inputs[0]), sum(self.ranks))
+        for x, A, xa in zip(inputs, self.As, together.split(self.ranks, dim=1), strict=True):
+            if len(A):
+                torch.mm(x, A.T, out=xa)
+        return together
+
+
+class DecodeBlock:
+    """A FalconBlock for one token a row. What it adds to the residual is handed on, for the next norm to add."""
+
+    def __init__(self, block: FalconBlock, dtype: torch.dtype):
+        self.parallel, self.attention = block.config.parallel_attn, block.self_attention
+        up, down = block.mlp.dense_h_to_4h, block.mlp.dense_4h_to_h
+        qkv, dense = self.attention.query_key_value, self.attention.dense
+        if not self.parallel:
+            self.norms, groups = [block.input_layernorm, block.post_attention_layernorm], ([up], [qkv], [down], [dense])
+        elif block.config.num_ln_in_parallel_attn == 2:
+            self.norms, groups = [block.ln_mlp, block.ln_attn], ([up], [qkv], [down, dense])
+        else:
+            self.norms, groups = [block.input_layernorm], ([up, qkv], [down, dense])
+        self.groups = [Linears(group, dtype, share_input=group[0] in (up, qkv)) for group in groups]
+
+    def __call__(self, x: Tensor, added: list[Tensor], decoder: "Decoder") -> tuple[Tensor, list[Tensor]]:
+        return (self.side_by_side if self.parallel else self.in_sequence)(x, added, decoder)
+
+    def side_by_side(self, x, added, decoder):
+        *readers, writers = self.groups
+        (up, qkv), (down, dense) = [base for group in readers for base in group.bases], writers.bases
+        B_up, B_qkv = [B for group in readers for B in group.Bs]
+        x, h = add_norm(x, added, self.norms[0])                                      # (batch, hidden_size)
+        h_attention = h if len(self.norms) == 1 else add_norm(x, [], self.norms[1])[1]
+        # What is made on one stream and read on the other is held in a variable until the next fork: memory is used again only
+        # by what was launched after its readers.
+        with decoder.side():
+            xa_up, xa_qkv = [xa for group, some in zip(readers, (h, h_attention), strict=False) for xa in group.inner_of_each(some)]
+            mixed = decoder.attend(self.attention, product(qkv, h_attention, xa_qkv, B_qkv))
+        u = product(up, h)                                                            # (batch, ffn_hidden_size)
+        decoder.join()
+        g = gelu(u, xa_up, B_up)
+        with decoder.side():
+            xa = writers.inner_of_all(g, mixed)                                       # (batch, both ranks)
+            attended = product(dense, mixed, xa, writers.B)
+        fed = product(down, g)
+        decoder.join()
+        return x, [attended, fed]
+
+    def in_sequence(self, x, added, decoder):
+        up, qkv, down, dense = self.groups
+        x, h = add_norm(x, added, self.norms[0])
+        mixed = decoder.attend(self.attention, product(qkv.bases[0], h, *qkv.inner_of_each(h), qkv.Bs[0]))
+        x, h = add_norm(x, [product(dense.bases[0], mixed, dense.inner_of_all(mixed), dense.B)], self.norms[1])
+        g = gelu(product(up.bases[0], h), *up.inner_of_each(h), up.Bs[0])
+        return x, [product(down.bases[0], g, down.inner_of_all(g), down.B)]
+
+
+class Decoder:
+    """A decode step of a Falcon for `batch` rows over a cache of `length` tokens; on a GPU a recording of it."""
+
+    def __init__(self, model: Falcon, batch: int, length: int):
+        config, weight = model.config, model.transformer.word_embeddings.weight
+        self.batch, self.length, self.addresses = batch, length, addresses(model)
+        self.blocks = [DecodeBlock(block, weight.dtype) for block in model.transformer.h]
+        self.cache = model.new_cache(batch, length)
+        self.ids = torch.zeros(batch, dtype=torch.int64, device=weight.device)
+        self.graph = self.stream = self.logits = self.context = None
+        if not weight.is_cuda:
+            return
+        self.stream = torch.cuda.Stream(weight.device)
+        # Which position each slot's token has, -1 for padding and free slots; and the one that comes next in each row.
+        self.positions = torch.full((batch, length), -1, dtype=torch.int32, device=weight.device)
+        self.next = torch.zeros(batch, dtype=torch.int32, device=weight.device)
+        every = torch.arange(length, device=weight.device)
+        if config.alibi:
+            self.rotary = None
+            self.bias = alibi_bias(every[None], config.num_attention_heads, config.head_dim, weight.dtype)[0, :, 0]    # (heads, length)
+        else:
+            half = config.head_dim // 2
+            self.rotary = [table[:, :half].contiguous() for table in rotary_angles(every, config.head_dim, config.rope_theta, weight.dtype)]
+            self.bias = None
+
+    def fits(self, model: Falcon, batch: int, length: int) -> bool:
+        """Whether the recording is of this model as it is now: modules may have been replaced, by merge_lora or load_adapter."""
+        return batch == self.batch and length <= self.length and self.addresses == addresses(model)
+
+    def refresh(self) -> None:
+        for block in self.blocks:
+            for group in block.groups:
+                group.refresh()
+
+    def prefill(self, model: Falcon, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The prompts into the cache; logits (batch, vocab_size) of the token behind each."""
+        if input_ids.is_cuda and self.graph is None:
+            self.record(model)
+        self.cache.clear()
+        hidden = model.hidden_states(input_ids, attention_mask, self.cache)
+        if input_ids.is_cuda:
+            present = self.cache.present
+            self.positions.copy_(torch.where(present, present.cumsum(dim=1) - 1, -1))
+            self.next.copy_(present.sum(dim=1))
+        return model.lm_head(hidden[:, -1])
+
+    def forward(self, model: Falcon) -> Tensor:
+        """self.ids (batch,), one token a row -> logits (batch, vocab_size). On a GPU nothing here waits, and every shape is fixed."""
+        cache, transformer = self.cache, model.transformer
+        x, added = F.embedding(self.ids, transformer.word_embeddings.weight), []      # (batch, hidden_size)
+        if x.is_cuda:
+            self.positions.index_copy_(1, cache.filled[None], self.next[:, None])
+        else:
+            self.context = model._context(1, None, cache, x[:, None])
+        for block in self.blocks:
+            x, added = block(x, added, self)
+        _, h = add_norm(x, added, transformer.ln_f)
+        if x.is_cuda:
+            self.next += 1
+            cache.filled += 1
+        return model.lm_head(h)
+
+    def attend(self, attention: nn.Module, qkv: Tensor) -> Tensor:
+        """The new tokens' keys and values into the cache, and each row's weighted mean: (batch, hidden_size)."""
+        if qkv.is_cuda:
+            from minqlora.kernels.decode_attention import decode_attention
+
+            keys, values = self.cache.keys[attention.layer], self.cache.values[attention.layer]
+            return decode_attention(qkv, keys, values, self.positions, self.cache.filled, self.rotary, self.bias)
+        return attention.mix(qkv[:, None], self.context)[:, 0]
+
+    @contextlib.contextmanager
+    def side(self) -> Iterator[None]:
+        """What is launched inside runs beside what is launched after it, until `join`; and after all that came before."""
+        if self.stream is None:
+            yield
+        else:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                yield
+
+    def join(self) -> None:
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+
+    def record(self, model: Falcon) -> None:
+        with torch.cuda.device(self.ids.device):
+            # Once unrecorded, on a stream of its own, so that what happens once (compilation, workspaces) has happened.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self.forward(model)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.logits = self.forward(model)
+            self.graph = graph
+
+    def step(self, model: Falcon) -> Tensor:
+        """Logits behind self.ids. On a GPU they are launched, not there yet, and the next step overwrites them."""
+        if self.graph is None:
+            return self.forward(model)
+        self.graph.replay()
+        return self.logits
+
+
+class Fetched:
+    """Ids on their way to the host."""
+
+    def __init__(self, ids: Tensor):
+        self.host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=ids.is_cuda)
+        self.host.copy_(ids, non_blocking=True)
+        self.event = torch.cuda.Event() if ids.is_cuda else None
+        if self.event is not None:
+            self.event.record()
+
+    def wait(self) -> Tensor:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.host
+
+
+# The last decoder of each model. It holds the model's blocks and not the model, and goes when the model goes.
+DECODERS: weakref.WeakKeyDictionary[Falcon, Decoder] = weakref.WeakKeyDictionary()
+
+
+def addresses(model: Falcon) -> list[int]:
+    return [parameter.data_ptr() for parameter in model.parameters()]
+
+
+def decoder_for(model: Falcon, batch: int, length: int) -> Decoder:
+    # Taken out while in use: a second answer begun meanwhile gets a decoder of its own.
+    decoder = DECODERS.pop(model, None)
+    if decoder is None or not decoder.fits(model, batch, length):
+        decoder = None                                                                # its memory first
+        rounded = -(-length // ROUND_LENGTH) * ROUND_LENGTH
+        decoder = Decoder(model, batch, min(rounded, model.config.max_position_embeddings))
+    return decoder
+
+
+def decode_steps(
+    model: Falcon,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    eos: Sequence[int],
+    generator: torch.Generator | None,
+    keep: bool,
+) -> Iterator[Tensor]:
+    """What generate_steps yields, in host memory; its arguments are checked, and the model is in eval mode. keep: the decoder stays."""
+    batch, tokens = input_ids.shape
+    decoder = decoder_for(model, batch, tokens + max_new_tokens)
+    stop, finished = torch.tensor(eos, dtype=torch.int64), torch.zeros(batch, dtype=torch.bool)    # (eos,), (batch,): on the host
+    try:
+        decoder.refresh()
+        logits = decoder.prefill(model, input_ids, attention_mask)
+        for step in range(max_new_tokens):
+            decoder.ids.copy_(sample(logits, temperature, top_p, generator))
+            fetched, last = Fetched(decoder.ids), step == max_new_tokens - 1
+            if not last:
+                logits = decoder.step(model)
+            ids = fetched.wait()                                                      # (batch,)
+            if len(stop):
+                # A finished row is decoded on, which no other row notices, and what it says is replaced.
+                ids = torch.where(finished, stop[0], ids)
+                finished = finished | torch.isin(ids, stop)
+            yield ids
+            if last or finished.all():
+                return
+    finally:
+        if keep:
+            DECODERS[model] = decoder
