@@ -17,9 +17,11 @@ bytes, which lie in the model anyway, and dequantizes a second time.
     nested_absmax             float32 (ceil(n / 64 / 256),)                   0.002
     nested_offset             float32 (1,)
 
-They are parameters without a gradient, and not buffers: what shards a model leaves buffers whole (and takes no parameter without a
-dimension, hence the offset's). And they keep their types: `model.to(torch.bfloat16)` is a common line, and an absmax rounded to 8 bits of
-mantissa would change every weight without a word.
+They are parameters without a gradient, and not buffers: FSDP, which spreads a model over several GPUs, leaves buffers whole. (It takes no
+parameter without a dimension either: hence the offset's.)
+
+They keep their types too: `model.to(torch.bfloat16)` is a common line, and an absmax rounded to 8 bits of mantissa would change every
+weight without a word.
 
 **In a state dict** the names and shapes are those of bitsandbytes, dots included, so that either can read what the other wrote:
 `weight`, `weight.absmax`, `weight.quant_map` (the 16 levels), `weight.nested_absmax`, `weight.nested_quant_map` (the 256), and
@@ -39,6 +41,9 @@ from minqlora.double_quant import DYNAMIC_MAP, double_dequantize, double_quantiz
 from minqlora.nf4 import FP4, FP4_E2M1, INT4, NF4, check_code, dequantize_4bit, quantize_4bit
 
 NESTED_BLOCKSIZE = 256
+# What files call the codes (the first two names are bitsandbytes' own, the others it does not have) and our parameters.
+NAMES = {"nf4": NF4, "fp4": FP4, "fp4_e2m1": FP4_E2M1, "int4": INT4}
+STORED_AS = {"absmax": "weight.absmax", "nested_absmax": "weight.nested_absmax"}
 
 
 class Product4bit(torch.autograd.Function):
@@ -53,8 +58,9 @@ class Product4bit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        stored = ctx.saved_tensors                                             # once: checkpointing lets it be unpacked no second time
-        weight = dequantize(*stored, ctx.shape, ctx.blocksize, grad_y.dtype)
+        # Read once: under activation checkpointing the saved tensors are gone after the first look.
+        stored = ctx.saved_tensors
+        weight = dequantize(*stored, ctx.shape, ctx.blocksize, grad_y.dtype)   # (out_features, in_features)
         return grad_y @ weight, *[None] * (2 + len(stored))                    # (..., in_features)
 
 
@@ -92,7 +98,10 @@ class Linear4bit(nn.Module):
 
     @classmethod
     def from_weight(cls, weight, bias=None, code=NF4, blocksize=64, double_quant=True) -> "Linear4bit":
-        """Quantize a (out_features, in_features) weight; the bias stays as it is."""
+        """Quantize a weight (out_features, in_features), finite and of any float type. The bias, (out_features,), stays as it is.
+
+        ValueError for another shape, for a code or blocksize that nf4.py refuses and, with double_quant, for a NaN or infinity.
+        """
         if weight.ndim != 2:
             raise ValueError(f"weight has shape {tuple(weight.shape)}; a linear layer's is (out_features, in_features)")
         out_features, in_features = weight.shape
@@ -222,11 +231,6 @@ class Linear4bit(nn.Module):
         names = [name.removeprefix(prefix) for name in missing]
         missing_keys += [prefix + STORED_AS.get(name, name) for name in names if name != "nested_offset" or described]
         self._move_levels()
-
-
-# The names of the codes in files: the first two are bitsandbytes' own, the others it does not have.
-NAMES = {"nf4": NF4, "fp4": FP4, "fp4_e2m1": FP4_E2M1, "int4": INT4}
-STORED_AS = {"absmax": "weight.absmax", "nested_absmax": "weight.nested_absmax"}
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
