@@ -1,7 +1,8 @@
 """11. Sampling: one token at a time, with a key/value cache.
 
-The prompt goes through the model once and fills the cache; from then on each step sends one token a row and reads the cache. A step
-costs one pass over the weights, whatever the length: at batch 1, memory bandwidth is all that counts.
+A token attends to the keys and values of those before it, which do not change any more: they are kept in a cache. The prompt goes through
+the model once and fills it; from then on each step sends one token a row and reads it. A step costs one pass over the weights,
+whatever the length: at batch 1, memory bandwidth is all that counts.
 
     logits -> greedy                     temperature = 0: the largest
            -> softmax(logits / T)        T > 0: below 1 sharper, above 1 flatter
@@ -18,6 +19,7 @@ On a CPU any model will do that has `hidden_states(input_ids, attention_mask, ca
 `config.max_position_embeddings`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -34,7 +36,11 @@ def generate(
     eos_token_id: int | Sequence[int] | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Prompts (batch, tokens), padded on the left -> prompts and answers (batch, tokens + at most max_new_tokens)."""
+    """Prompts (batch, tokens), padded on the left -> prompts and answers (batch, tokens + at most max_new_tokens).
+
+    attention_mask (batch, tokens) is 0 on padding. eos_token_id ends an answer: of several any does; None: nothing but the length.
+    generator makes the draws; None: PyTorch's own. ValueError for what makes no sense, or exceeds the model's positions.
+    """
     steps = generate_steps(model, input_ids, attention_mask, max_new_tokens, temperature, top_p, eos_token_id, generator)
     return torch.cat([input_ids, torch.stack(list(steps), dim=1).to(input_ids)], dim=1)
 
@@ -90,16 +96,15 @@ def generate_steps(
 
 
 def sample(logits: Tensor, temperature: float = 0.0, top_p: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-    """One id for each row of logits (batch, vocab_size)."""
+    """One id for each row: logits (batch, vocab_size) -> ids (batch,)."""
     if temperature == 0:
         return logits.argmax(dim=-1)
     probabilities = torch.softmax(logits.float() / temperature, dim=-1)                   # (batch, vocab_size)
     if top_p < 1:
-        largest, ids = probabilities.sort(dim=-1, descending=True)
-        # A token stays while those before it have not reached p: so the largest always does.
-        before = largest.cumsum(dim=-1) - largest
-        largest = largest.masked_fill(before >= top_p, 0.0)
-        return ids.gather(-1, draw(largest, generator)).squeeze(-1)
+        ordered, ids = probabilities.sort(dim=-1, descending=True)                        # (batch, vocab_size) each
+        # A token stays while those before it have not reached p: so the most likely one always does.
+        before = ordered.cumsum(dim=-1) - ordered
+        return ids.gather(-1, draw(ordered.masked_fill(before >= top_p, 0.0), generator)).squeeze(-1)
     return draw(probabilities, generator).squeeze(-1)
 
 
@@ -125,7 +130,7 @@ def _check(model, input_ids, attention_mask, max_new_tokens, temperature, top_p)
             f"max_new_tokens is {max_new_tokens}, the prompt has {tokens} tokens and the model {limit} positions:"
             f" at most {max(0, limit - tokens)} new tokens fit"
         )
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}: 0 (greedy) or more is needed")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}: 0 (greedy) or more is needed, and a finite number")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}: more than 0 and at most 1 is needed")

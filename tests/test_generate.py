@@ -162,6 +162,7 @@ def test_the_last_position_can_be_used_and_the_next_is_refused_with_the_number()
     [
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"temperature": -1.0}, r"temperature is -1\.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
         ({"top_p": 0.0}, r"top_p is 0\.0"),
         ({"top_p": 1.5}, r"top_p is 1\.5"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, r"input_ids has shape \(1, 0\)"),
