@@ -1,6 +1,6 @@
-"""6. The Falcon decoder: one class for every Falcon that was published.
+"""6. The Falcon decoder: one class for all published Falcons of the first two generations (Falcon3 is a Llama).
 
-Five shapes share one skeleton: token embedding, blocks, a last LayerNorm, a head that maps back to the vocabulary.
+They share one skeleton: token embedding, blocks, a last LayerNorm, a head that maps back to the vocabulary.
 
                       7b              40b, 180B        11B (Falcon2)     rw-1b
     positions         rotary          rotary           rotary            ALiBi
@@ -9,8 +9,9 @@ Five shapes share one skeleton: token embedding, blocks, a last LayerNorm, a hea
     block             x + attention(norm x) + mlp(norm x)                x = x + attention(norm x); x + mlp(norm x)
     linear bias       no              no               no                yes
 
-**The fused projection.** `query_key_value` is one linear, and the order of its rows is the first trap. Every variant is the same
-picture once the heads are counted by groups: a group is one key/value head and the query heads that read it,
+**The fused projection.** Several query heads may read one key/value head, which leaves less to compute and to cache: *grouped* attention;
+*multi-query*, if all heads read a single one. `query_key_value` is one linear, and the order of its rows is the first trap. Every variant
+is the same picture once the heads are counted by groups: a group is one key/value head and the query heads that read it,
 
     rows = [kv_heads, group + 2, head_dim]        group = heads // kv_heads; the last two of a group are its K and its V
 
@@ -47,6 +48,7 @@ from torch.utils.checkpoint import checkpoint
 # The first Falcons were published under other names, "RefinedWebModel" (rw-1b, 7b) and "RefinedWeb" (40b).
 MODEL_TYPES = ("falcon", "RefinedWebModel", "RefinedWeb")
 OLD_KEYS = {"n_embed": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_head_kv": "num_kv_heads"}
+REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class FalconConfig:
         def resolve(name: str, value) -> None:
             object.__setattr__(self, name, value)
 
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"):
+        for name in (*REQUIRED, "max_position_embeddings"):
             _check_count(name, getattr(self, name))
         if self.new_decoder_architecture:
             resolve("parallel_attn", True)
@@ -109,7 +111,10 @@ class FalconConfig:
 
     @classmethod
     def from_json(cls, config: dict) -> "FalconConfig":
-        """Read the dict of a config.json, as transformers 4 or 5 wrote it or as the first Falcons spelled it."""
+        """Read the dict of a config.json, as transformers 4 or 5 wrote it or as the first Falcons spelled it.
+
+        ValueError, with key and value, for what is no Falcon or asks for what none has.
+        """
         model_type = config.get("model_type")
         if model_type not in MODEL_TYPES:
             raise ValueError(f"model_type {model_type!r} is not a Falcon: expected one of {', '.join(MODEL_TYPES)} (Falcon3 is a Llama)")
@@ -124,13 +129,13 @@ class FalconConfig:
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         if rope.get("rope_type", rope.get("type", "default")) != "default":
             raise ValueError(f"rope_parameters {rope}: only the type 'default' is supported")
-        config |= {key: rope[key] for key in ("rope_theta",) if key in rope}
+        if "rope_theta" in rope:
+            config["rope_theta"] = rope["rope_theta"]
         if config.get("activation", "gelu") != "gelu":
             raise ValueError(f"activation {config['activation']!r}: every published Falcon uses 'gelu'")
         if config.get("apply_residual_connection_post_layernorm"):
             raise ValueError("apply_residual_connection_post_layernorm is true: no published Falcon uses it")
-        missing = [field for field in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads") if field not in config]
-        if missing:
+        if missing := [name for name in REQUIRED if name not in config]:
             raise ValueError(f"config lacks {', '.join(missing)}")
         return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
 
@@ -160,7 +165,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def alibi_slopes(heads: int, device: torch.device | None = None) -> Tensor:
-    """2^(-8 i / heads) for i = 1 .. heads; a count that is no power of two takes the rest between those of the next one."""
+    """2^(-8 i / heads) for i = 1 .. heads. A count between two powers of two takes the lower one's, then every other of the upper one's."""
     power = 2 ** math.floor(math.log2(heads))
     first = torch.arange(1, power + 1, device=device) / power                              # 1 / power, 2 / power, ... 1
     rest = (2 * torch.arange(heads - power, device=device) + 1) / (2 * power)              # 1 / 2 power, 3 / 2 power, ...
@@ -219,6 +224,8 @@ class Context:
 
 
 class FalconAttention(nn.Module):
+    """x (batch, tokens, hidden_size) -> the same shape; so do the MLP and the block below."""
+
     def __init__(self, config: FalconConfig, layer: int):
         super().__init__()
         self.layer = layer
@@ -234,8 +241,8 @@ class FalconAttention(nn.Module):
         return self.dense(self.mix(self.query_key_value(x), context))
 
     def mix(self, qkv: Tensor, context: Context) -> Tensor:
-        """What stands between the two linears: each token's weighted mean of the values it may see, (batch, tokens, hidden_size)."""
-        qkv = qkv.unflatten(-1, (self.kv_heads, self.group + 2, self.head_dim))
+        """What stands between the two linears: each token's weighted mean of the values it may see."""
+        qkv = qkv.unflatten(-1, (self.kv_heads, self.group + 2, self.head_dim))          # (batch, tokens, kv_heads, group + 2, head_dim)
         query_key, value = qkv.split((self.group + 1, 1), dim=3)
         if context.rotary is not None:
             query_key = rotate(query_key, *context.rotary)
@@ -249,7 +256,7 @@ class FalconAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=context.mask, is_causal=context.mask is None, dropout_p=self.dropout if self.training else 0.0
         )
-        return mixed.transpose(1, 2).flatten(2)
+        return mixed.transpose(1, 2).flatten(2)                                          # (batch, tokens, hidden_size)
 
     def _for_every_head(self, x: Tensor) -> Tensor:
         # A view for multi-query, no copy. `enable_gqa=True` would say the same, but rules out the fused kernels that take a mask.
