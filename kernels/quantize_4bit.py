@@ -9,11 +9,26 @@ once) takes ROWS whole blocks as a tile (ROWS, BLOCK). With `first` its first va
 
 It takes the maximum of each row of the tile, scales the row, finds 16-level codes and packs two of them a byte. Nothing is read twice,
 so the memory is the limit: 2 bytes in, 0.5625 out for a bf16 weight. The rest of this file is about staying below that limit
-with everything else: the chip issues about 20 instructions a value in the time the memory needs.
+with everything else. In the time the memory needs, the chip issues about 22 instructions a value.
 
-**A level in seven instructions.** Nearest level means: count the midpoints between levels that lie below the value. Fifteen comparisons
-do it, a tree of comparisons does it with four that wait for each other. Faster: cut [-1, 1] into bins so narrow that none holds
-more than one midpoint. For NF4, 31 bins of width 1/15 are enough:
+**The ladder**, for a weight of 18176 x 4544 from bfloat16 on one H100 (`python benchmarks/ladder.py`; instructions a value as compiled):
+
+    one block a program, fifteen comparisons        0.781 ms   84     code = how many midpoints lie below the value
+    32 blocks a program                             0.271      57     fewer, larger programs: there had been 1.3 million, for 64 values each
+    a tree of comparisons                           0.149      32     four comparisons in place of fifteen, each choosing the next midpoint
+    bins, their tables in memory                    0.098      18     one comparison, see below; but two loads a value
+    the same with 4 warps and 64 blocks             0.089      21     more warps hide the loads, at the price of a barrier
+    bins, their tables in the lanes of a warp       0.074      15     two shuffles in place of two loads
+    16 blocks a program                             0.0729     16     97 % of the bandwidth of a copy: this file
+    8 blocks a program                              0.102             lost: too little work for the cost of starting it
+    64 blocks a program                             0.074      15     lost: 168 registers a thread leave room for few programs
+    64 blocks and 2 warps                           0.091      19     lost: with two warps a gather goes through shared memory
+    16 blocks, the weight leaves the cache first    0.076      16     lost, though nothing is read twice
+
+bitsandbytes takes 1.03 ms with double quantization; this takes 0.090 with double_quant.py after it.
+
+**Bins.** Nearest level means: count the midpoints between levels that lie below the value. Cut [-1, 1] into bins so narrow that none
+holds more than one midpoint. For NF4, 31 bins of width 1/15 are enough:
 
     bin(v) = ceil(15 v)                            code(v) = above[bin] if v > midpoint[bin] else below[bin]
 
@@ -21,11 +36,14 @@ The bin costs one instruction: a fused multiply-add that rounds *up*, 15 v + (1.
 so the addition does the ceiling, and the bin's number stands in the low bits of the result. The two tables have 32 entries,
 one for each lane of a warp (32 threads in lockstep): with one warp a program, `tl.gather` is a shuffle between lanes, and no
 memory is touched. `bins` derives the tables from the code, so any code of 16 levels works; one with midpoints closer
-together gets more bins.
+together gets more bins, and reads its tables from memory.
 
 **The same bytes as bitsandbytes on CUDA**, which is built with fast math:
 - the reciprocal of absmax is the hardware's approximate one; it is off by at most one unit in the last place, which moves a few values
   in ten million to the neighbouring level;
+- its source has the midpoints as decimals of 16 digits. Four of NF4's 15 lie half-way between two floats, and there the decimal,
+  a little below or above, decides; torch rounds to the even one. So four midpoints are one unit off those of nf4.py
+  (`written_out` makes them): 11 bytes in 67 million;
 - subnormal numbers count as zero (`ftz`), in absmax and in the product;
 - a block of zeros is scaled by 1/0, its values become NaN, and NaN is above no midpoint: code 0. So is a NaN of the weight, whose
   block otherwise ignores it.
@@ -36,6 +54,7 @@ behind the switch ASM; their twins in plain Triton run in the interpreter, and w
 
 import functools
 import math
+from fractions import Fraction
 
 import torch
 import triton
@@ -142,14 +161,24 @@ def quantize_kernel(
     tl.store(packed + tile * (ROWS * BLOCK // 2) + inside, byte, mask=inside < bytes_left)
 
 
+def written_out(midpoint: float) -> float:
+    """The float32 that a compiler makes of a midpoint written as a decimal, which is how bitsandbytes' source has them."""
+    nearest = torch.tensor([midpoint, midpoint, midpoint])                                     # float32: half-way cases go to the even one
+    candidates = nearest.nextafter(torch.tensor([-2.0, midpoint, 2.0])).tolist()
+    return min(candidates, key=lambda candidate: abs(Fraction(candidate) - Fraction(repr(midpoint))))
+
+
 @functools.lru_cache
-def bins(levels: tuple[float, ...], device: torch.device) -> tuple[int, Tensor]:
+def bins(levels: tuple[float, ...], exact: bool, device: torch.device) -> tuple[int, Tensor]:
     """How many bins a unit is cut into so that none holds two midpoints, and the two tables of the kernel, int32 (2, 2 * bins + 2).
 
     Entry b is about the values in (b - 1 - bins, b - bins] / bins: the bits of their midpoint (or infinity), and above << 8 | below.
     """
     ordered, codes = torch.tensor(levels).sort(stable=True)                                    # as nf4.py does it
-    midpoints = ((ordered[1:] + ordered[:-1]) / 2).tolist()                                    # 15, each a float32
+    if exact:
+        midpoints = ((ordered[1:] + ordered[:-1]) / 2).tolist()                                # 15, each a float32
+    else:
+        midpoints = [written_out(midpoint) for midpoint in ((ordered[1:].double() + ordered[:-1]) / 2).tolist()]
     codes = codes.tolist()
     for count in (15, 31, 63, 127, 255, 511, 1023):
         # Where the midpoints lie, in bins; exact, since a float32 times ten bits fits into a Python float. Bin b is (b - 1, b]. A
@@ -181,7 +210,7 @@ def launch(weight: Tensor, code: Tensor, blocksize: int, exact_reciprocal: bool)
     n_bytes, n_blocks = (n + 1) // 2, triton.cdiv(n, blocksize)
     packed = torch.empty(n_bytes, 1, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(n_blocks, dtype=torch.float32, device=weight.device)
-    count, table = bins(tuple(code.tolist()), weight.device)
+    count, table = bins(tuple(code.tolist()), exact_reciprocal, weight.device)
     rows = max(1, TILE // blocksize)
     if n:
         with torch.cuda.device_of(weight):

@@ -14,7 +14,7 @@ from minqlora.nf4 import FP4, FP4_E2M1, INT4, NF4
 
 # The interpreter has to be on before these are imported: conftest.py sees to it.
 from minqlora.kernels.double_quant import double_quantize  # isort: skip
-from minqlora.kernels.quantize_4bit import bins, quantize_4bit  # isort: skip
+from minqlora.kernels.quantize_4bit import bins, quantize_4bit, written_out  # isort: skip
 
 # Zeros times 1/0, and NaN, are meant.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -68,7 +68,7 @@ def test_with_the_exact_reciprocal_every_bit_is_the_reference_s(n, dtype):
 def test_any_code_is_searched_as_the_reference_does_or_refused(levels, seed):
     code = torch.tensor(levels)
     try:
-        bins(tuple(code.tolist()), torch.device("cpu"))
+        bins(tuple(code.tolist()), True, torch.device("cpu"))
     except ValueError as error:
         assert "1023" in str(error)
         return
@@ -82,11 +82,27 @@ def test_any_code_is_searched_as_the_reference_does_or_refused(levels, seed):
 
 def test_midpoints_that_no_bins_separate_are_refused():
     with pytest.raises(ValueError, match="no 1023 bins separate"):
-        bins((-1.0, *(i * 1e-5 for i in range(14)), 1.0), torch.device("cpu"))
+        bins((-1.0, *(i * 1e-5 for i in range(14)), 1.0), True, torch.device("cpu"))
+
+
+# The numbers that the values are compared with in bitsandbytes' machine code for sm_90, read off with a disassembler. Nine-digit
+# decimals name a float32.
+IN_ITS_MACHINE_CODE = torch.tensor([
+    -0.848096430, -0.610632896, -0.459995270, -0.339679420, -0.234607399, -0.137911737, -0.0455250181,
+    0.0397901498, 0.120255254, 0.203521252, 0.292013764, 0.389312536, 0.501663387, 0.642786920, 0.861478388,
+])  # fmt: skip
+
+
+def test_the_midpoints_are_those_that_bitsandbytes_compares_with_on_cuda():
+    midpoints = torch.tensor([written_out(midpoint) for midpoint in ((NF4[1:].double() + NF4[:-1]) / 2).tolist()])
+    assert torch.equal(midpoints, IN_ITS_MACHINE_CODE)
+    # Where the exact midpoint lies half-way between two floats, the reference rounds to the even one, and a decimal to either.
+    difference = midpoints.view(torch.int32) - ((NF4[1:] + NF4[:-1]) / 2).view(torch.int32)
+    assert sorted(difference.abs().tolist()) == [0] * 11 + [1] * 4
 
 
 def test_a_tie_takes_the_lower_level():
-    weight = torch.cat([torch.tensor([1.0]), (NF4[1:] + NF4[:-1]) / 2, torch.zeros(48)]).to(DEVICE)    # absmax 1: scaled is exact
+    weight = torch.cat([torch.tensor([1.0]), IN_ITS_MACHINE_CODE, torch.zeros(48)]).to(DEVICE)         # absmax 1: scaled is exact
     codes = quantize_4bit(weight, NF4, 64)[0].flatten().cpu()
     assert torch.stack([codes >> 4, codes & 15], 1).flatten()[1:16].tolist() == list(range(15))
 
@@ -217,7 +233,7 @@ def test_a_billion_values_have_the_bytes_of_bitsandbytes():
 @pytest.mark.gpu
 def test_ties_nan_and_infinity_are_bitsandbytes_too():
     functional = pytest.importorskip("bitsandbytes.functional")
-    midpoints = (NF4[1:] + NF4[:-1]) / 2
+    midpoints = IN_ITS_MACHINE_CODE
     around = torch.cat([midpoints, midpoints.nextafter(torch.tensor(9.0)), midpoints.nextafter(torch.tensor(-9.0))])
     block = torch.cat([torch.ones(1), around, torch.zeros(18)])    # (64,)
     blocks = [block * 2.0**k for k in range(-20, 20)] + [block * 1.1**k for k in range(100)]
