@@ -6,9 +6,23 @@ The definition is `dequantize_4bit` of nf4.py: w_i = code[code_i] * absmax_b, on
 long as a value costs fewer than some 20 instructions. A program takes ROWS blocks as a tile (ROWS, BLOCK). Each thread reads four bytes,
 which hold eight neighbouring values, and writes those eight as one store of 16 bytes:
 
-    byte (r, j) of the tile holds columns 2j (high half) and 2j + 1 (low half)      tl.interleave(high, low): (ROWS, BLOCK)
+    byte (r, j) of the tile holds columns 2j (high half) and 2j + 1 (low half)
+    word (r, i) of the tile holds columns 8i to 8i + 7, column 8i + k at bit 8 (k / 2) + (4 for an even k, 0 for an odd one)
 
-**The levels** are 16 floats. With one warp a program, a lane holds one of them, and `tl.gather` is a shuffle between lanes.
+Bytes that are no whole words, at the end of an odd weight or at an odd address, are read one by one.
+
+**The ladder**, for a weight of 18176 x 4544 to bfloat16, double-quantized, on one H100 (`python benchmarks/ladder.py`; instructions a value
+as compiled):
+
+    two launches, one block a program, levels in memory   0.787 ms   46     one for absmax, as bitsandbytes does it (0.106 ms)
+    64 blocks a program, 4 warps                          0.089      13     fewer, larger programs
+    one launch                                            0.087      14     absmax is not written and read again: 2 % of the bytes
+    2 warps                                               0.075       9     a thread has eight words to wait for, not four
+    levels in shared memory                               0.075       8     `tl.gather` in place of a load
+    levels in the lanes of a warp (1 warp, 32 blocks)     0.076       7     a shuffle in place of shared memory; no gain, the stores bind
+    and both ends leave the cache first                   0.0740      7     what is written is larger than the cache
+    words, 2 warps, 64 blocks                             0.0738      7     94 % of a copy; 1.5 % on 4672 x 4544 (0.0201): this file
+    words, 1 warp / 4 warps / 128 blocks                  0.0745             no better
 
 **Double quantization** in the same launch: absmax then holds 8-bit codes, and a program decodes one absmax for each of its rows, with
 `decode_absmax` of double_quant.py. Done in a launch of its own, as bitsandbytes does it, it writes 4 bytes a block and reads
@@ -26,13 +40,14 @@ from torch import Tensor
 from minqlora.kernels.double_quant import decode_absmax
 from minqlora.kernels.quantize_4bit import multiply
 
-TILE = 2048                                                        # values a program handles: 64 a lane
+TILE = 4096                                                        # values a program handles: 64 a thread
 
 
 @triton.jit
 def dequantize_kernel(
     packed, absmax, absmax2, offset, code2, code, out, n, n_bytes, n_blocks, row_blocks, row_stride,
-    BLOCK: tl.constexpr, BLOCK2: tl.constexpr, ROWS: tl.constexpr, STRIDED: tl.constexpr, ASM: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK2: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr, STRIDED: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS blocks. absmax2 is None where absmax is not quantized itself."""
     tile = tl.program_id(0).to(tl.int64)
@@ -44,10 +59,19 @@ def dequantize_kernel(
     if absmax2 is not None:
         scale = decode_absmax(scale, (tile * ROWS + rows) // BLOCK2, absmax2, offset, code2, in_blocks, ASM)
 
-    inside = rows[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]                  # (ROWS, BLOCK / 2)
-    byte = tl.load(packed + tile * (ROWS * BLOCK // 2) + inside, mask=inside < bytes_left, other=0, eviction_policy="evict_first")
-    byte = byte.to(tl.int32)
-    codes = tl.reshape(tl.interleave(byte >> 4, byte & 15), [ROWS * BLOCK])
+    start = packed + tile * (ROWS * BLOCK // 2)
+    if WORDS:
+        # Value k of the eight in a word stands in byte k / 2, the even one in its high half.
+        inside = rows[:, None] * (BLOCK // 8) + tl.arange(0, BLOCK // 8)[None, :]              # (ROWS, BLOCK / 8)
+        start = start.to(tl.pointer_type(tl.int32))
+        word = tl.load(start + inside, mask=inside < bytes_left // 4, other=0, eviction_policy="evict_first")
+        k = tl.arange(0, 8)
+        codes = (word[:, :, None] >> (k // 2 * 8 + 4 - k % 2 * 4)[None, None, :]) & 15         # (ROWS, BLOCK / 8, 8)
+    else:
+        inside = rows[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]              # (ROWS, BLOCK / 2)
+        byte = tl.load(start + inside, mask=inside < bytes_left, other=0, eviction_policy="evict_first").to(tl.int32)
+        codes = tl.interleave(byte >> 4, byte & 15)                                            # (ROWS, BLOCK)
+    codes = tl.reshape(codes, [ROWS * BLOCK])
     levels = tl.load(code + tl.arange(0, 16))                                                  # (16,)
     values = multiply(tl.reshape(tl.gather(levels, codes, 0), [ROWS, BLOCK]), scale[:, None], ASM)
 
@@ -82,10 +106,12 @@ def launch(
     row_blocks, row_stride = (out.shape[1] // blocksize, out.stride(0)) if strided else (0, 0)
     if n:
         with torch.cuda.device_of(packed):
+            packed = packed.contiguous()
+            words = packed.numel() % 4 == 0 and packed.data_ptr() % 4 == 0
             dequantize_kernel[triton.cdiv(n_blocks, rows),](
-                packed.contiguous(), absmax.contiguous(), absmax2, offset, code2, code, out, n, packed.numel(), n_blocks,
-                row_blocks, row_stride, BLOCK=blocksize, BLOCK2=blocksize2, ROWS=rows, STRIDED=strided, ASM=packed.is_cuda,
-                num_warps=1, enable_fp_fusion=False,
+                packed, absmax.contiguous(), absmax2, offset, code2, code, out, n, packed.numel(), n_blocks,
+                row_blocks, row_stride, BLOCK=blocksize, BLOCK2=blocksize2, ROWS=rows, WORDS=words, STRIDED=strided, ASM=packed.is_cuda,
+                num_warps=2, enable_fp_fusion=False,
             )  # fmt: skip
 
 

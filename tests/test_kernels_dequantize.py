@@ -82,7 +82,7 @@ def test_every_value_is_written_and_nothing_beyond():
 
 def test_an_out_that_does_not_fit_is_refused():
     packed, absmax, code = random_bytes(128).to(DEVICE), torch.ones(2, device=DEVICE), NF4.to(DEVICE)
-    for out in (torch.empty(127), torch.empty(2, 64), torch.empty(128, dtype=torch.float64), torch.empty(256)[::2]):
+    for out in (torch.empty(127), torch.empty(2, 64), torch.empty(128, dtype=torch.float64), torch.empty(256, device=DEVICE)[::2]):
         with pytest.raises(ValueError, match="out is"):
             dequantize_4bit(packed, absmax, (128,), code, 64, torch.float32, out=out.to(DEVICE))
 
