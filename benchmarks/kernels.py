@@ -346,6 +346,12 @@ def plot(results: dict, path: Path):
                 points = [(r["rows"], r["ms"][0]) for r in products if (r["shape"], r["what"], r["who"]) == (shape, what, who)]
                 axis.plot(*zip(*points, strict=True), style, label=who) if points else None
             axis.set(xscale="log", yscale="log", title=f"{shape}, {what}", xlabel="rows of x", ylabel="ms")
+            ticks = sorted({r["rows"] for r in products})
+            axis.set_xticks(ticks, [str(tick) for tick in ticks])
+            axis.minorticks_off()
+            decade = [digit * 10.0**power for power in range(-3, 2) for digit in (1, 2, 5)]
+            low, high = axis.get_ylim()
+            axis.set_yticks([y for y in decade if low <= y <= high], [f"{y:g}" for y in decade if low <= y <= high])
             axis.grid(alpha=0.3)
     axes[0, 0].legend()
     about = results["header"]

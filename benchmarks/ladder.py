@@ -18,7 +18,7 @@ import triton.language as tl
 from minqlora.double_quant import DYNAMIC_MAP
 from minqlora.kernels.dequantize_4bit import dequantize_4bit
 from minqlora.kernels.double_quant import decode_absmax, double_dequantize, double_quantize
-from minqlora.kernels.quantize_4bit import bin_number, bins, flush, multiply, quantize_4bit, reciprocal
+from minqlora.kernels.quantize_4bit import bin_number, bins, flush, multiply, quantize_4bit, reciprocal, written_out
 from minqlora.nf4 import NF4
 
 BLOCK = 64
@@ -146,8 +146,8 @@ def quantize_ladder(weights, peak):
     n = weights[0].numel()
     copies = len(weights)
     wanted = quantize_4bit(weights[0], NF4, BLOCK)
-    midpoints = ((NF4[1:] + NF4[:-1]) / 2).cuda()
-    count, table = bins(tuple(NF4.tolist()), weights[0].device)
+    midpoints = torch.tensor([written_out(m) for m in ((NF4[1:].double() + NF4[:-1]) / 2).tolist()]).cuda()
+    count, table = bins(tuple(NF4.tolist()), False, weights[0].device)
     moved = n * (2 + 0.5 + 4 / BLOCK)
 
     def step(name, search, rows, warps, evict=("", ""), **options):
@@ -166,13 +166,14 @@ def quantize_ladder(weights, peak):
     step("one block a program, fifteen comparisons", "comparisons", 1, 1)
     step("32 blocks a program", "comparisons", 32, 1)
     step("a tree of comparisons", "tree", 32, 1)
-    step("bins, tables in memory, 4 warps", "memory", 64, 4)
-    step("bins, tables in memory, 1 warp", "memory", 32, 1)
-    step("bins, tables in the lanes of a warp", "lanes", 32, 1)
-    step("the same with 2 warps and 64 blocks", "lanes", 64, 2)
-    step("the same with 16 blocks", "lanes", 16, 1)
-    step("the same with 64 blocks", "lanes", 64, 1)
-    step("32 blocks, and both ends leave the cache first", "lanes", 32, 1, FIRST)
+    step("bins, their tables in memory", "memory", 32, 1)
+    step("the same with 4 warps and 64 blocks", "memory", 64, 4)
+    step("bins, their tables in the lanes of a warp", "lanes", 32, 1)
+    step("16 blocks a program", "lanes", 16, 1)
+    step("8 blocks a program", "lanes", 8, 1)
+    step("64 blocks a program", "lanes", 64, 1)
+    step("64 blocks and 2 warps: the tables in shared memory", "lanes", 64, 2)
+    step("16 blocks, the weight leaves the cache first", "lanes", 16, 1, ("evict_first", ""))
     report("kernels/quantize_4bit.py", time_graph(lambda i: quantize_4bit(weights[i], NF4, BLOCK), copies), moved, peak)
 
     def both(i):
@@ -215,15 +216,13 @@ def dequantize_ladder(weights, peak):
     step("64 blocks a program, 4 warps", "memory", 64, 4, one_launch=False)
     step("one launch", "memory", 64, 4)
     step("2 warps", "memory", 64, 2)
-    step("levels in shared memory (a gather over 2 warps)", "lanes", 64, 2)
-    step("levels in the lanes of a warp", "lanes", 32, 1)
-    step("the same with 16 blocks", "lanes", 16, 1)
-    step("the same with 64 blocks", "lanes", 64, 1)
-    step("32 blocks, four bytes as one word", "lanes", 32, 1, words=True)
-    step("32 blocks, and both ends leave the cache first", "lanes", 32, 1, FIRST)
-    step("the same with words", "lanes", 32, 1, FIRST, words=True)
-    step("the same with words, 2 warps and 64 blocks", "lanes", 64, 2, FIRST, words=True)
-    step("the same with bytes, 2 warps and 64 blocks", "lanes", 64, 2, FIRST)
+    step("levels in shared memory", "lanes", 64, 2)
+    step("levels in the lanes of a warp (1 warp, 32 blocks)", "lanes", 32, 1)
+    step("and both ends leave the cache first", "lanes", 32, 1, FIRST)
+    step("words, 2 warps, 64 blocks", "lanes", 64, 2, FIRST, words=True)
+    step("words, 1 warp, 32 blocks", "lanes", 32, 1, FIRST, words=True)
+    step("words, 4 warps, 64 blocks", "lanes", 64, 4, FIRST, words=True)
+    step("words, 2 warps, 128 blocks", "lanes", 128, 2, FIRST, words=True)
     nested = (absmax2, offset, code2, 256)
     final = time_graph(lambda i: dequantize_4bit(*inputs[i], shape, code, BLOCK, torch.bfloat16, nested, outs[i]), copies)
     report("kernels/dequantize_4bit.py", final, moved, peak)
