@@ -261,11 +261,15 @@ def save_falcon(model: Falcon, directory: str | Path, shard_bytes: int = 5 * 10*
             files.append(INDEX)
         dtype = str(model.transformer.word_embeddings.weight.dtype).removeprefix("torch.")
         _write_json(beside / "config.json", config.to_json() | {"torch_dtype": dtype})
-        # An index goes before its shards and comes after them: at no moment does one stand over shards of two models.
-        (directory / INDEX).unlink(missing_ok=True)
         for name in [*files, "config.json"]:
             # safetensors leaves its files to their owner alone; a model is read by whoever may read its config.
             shutil.copymode(beside / "config.json", beside / name)
+            # On the disk before the old ones go: a file system may take a write now and find no room for it later.
+            with open(beside / name, "rb+") as file:
+                os.fsync(file.fileno())
+        # An index goes before its shards and comes after them: at no moment does one stand over shards of two models.
+        (directory / INDEX).unlink(missing_ok=True)
+        for name in [*files, "config.json"]:
             os.replace(beside / name, directory / name)
     for stale in {path.name for path in directory.glob("model*.safetensors")} - set(files):
         (directory / stale).unlink()
