@@ -55,7 +55,12 @@ def load_falcon(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Falcon:
-    """Load a Falcon from a directory, or from a hub by its name. `dtype` None: bf16 where it is fast, else float32."""
+    """Load a Falcon, in eval mode, from a directory or from Hugging Face's hub by its name.
+
+    quantize: the linears of the blocks become 4-bit, as Linear4bit.from_weight makes them with code, blocksize and double_quant. dtype is
+    that of everything else; None: bf16 where it is fast, else float32. FileNotFoundError for what is not there; ValueError for what is
+    damaged or no Falcon, with every key that is missing, unexpected or misshapen.
+    """
     directory, device = fetch(directory), torch.device(device)
     dtype = fast_dtype(device) if dtype is None else dtype
     where = open_checkpoint(directory)
@@ -64,7 +69,7 @@ def load_falcon(
         model = Falcon(config)
     _account_for_every_key(model, where, directory)
 
-    linears = dict(block_linears(model)) if quantize else {}
+    linears = block_linears(model) if quantize else {}
     # The bar comes after a second, so a small model loads without one; on no terminal there is none.
     keys = [key for key, _ in model.named_parameters()]
     for key in tqdm(keys, desc=f"loading {directory.name}", unit="tensor", leave=False, delay=1, disable=None):
@@ -132,6 +137,7 @@ def eos_token_id(directory: str | Path) -> int:
 
 
 def read_json(path: Path) -> dict:
+    """The object in a JSON file; the error names the file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
@@ -184,7 +190,7 @@ def _how_to_convert(name: str | Path) -> str:
 
 
 def _settle_head(config: FalconConfig, where: dict) -> FalconConfig:
-    """Decide whether the head is the embedding."""
+    """Decide whether the head is the embedding: by the config where it says so, else by the file. ValueError where they disagree."""
     tied = config.tie_word_embeddings
     if tied is not False:
         same = HEAD not in where or EMBEDDING not in where or _equal(where, HEAD, EMBEDDING)
@@ -203,6 +209,7 @@ def _equal(where: dict, first: str, second: str, rows: int = 4096) -> bool:
 
 
 def _account_for_every_key(model: Falcon, where: dict, directory: Path) -> None:
+    """One ValueError for all keys that are missing, unexpected, or of another shape or no float type."""
     expected = {key: list(parameter.shape) for key, parameter in model.named_parameters()}
     problems = []
     for key, shape in expected.items():
@@ -213,7 +220,7 @@ def _account_for_every_key(model: Falcon, where: dict, directory: Path) -> None:
         if found.get_shape() != shape:
             problems.append(f"misshapen   {key} {found.get_shape()}, expected {shape}")
         elif found.get_dtype() not in FLOATS:
-            problems.append(f"misshapen   {key} holds {found.get_dtype()}, expected one of {', '.join(FLOATS)}")
+            problems.append(f"wrong type  {key} holds {found.get_dtype()}, expected one of {', '.join(FLOATS)}")
     # A tied head was found equal to the embedding by now, or would not be tied.
     ignored = {HEAD} if model.config.tie_word_embeddings else set()
     problems += [f"unexpected  {key}" for key in sorted(where.keys() - expected.keys() - ignored) if not key.endswith(".inv_freq")]
@@ -224,7 +231,8 @@ def _account_for_every_key(model: Falcon, where: dict, directory: Path) -> None:
 def save_falcon(model: Falcon, directory: str | Path, shard_bytes: int = 5 * 10**9) -> None:
     """Write a Falcon in 16 or 32 bits as Hugging Face's layout has it, sharded where it is larger than `shard_bytes`.
 
-    Everything is written beside its place first, so a full disk leaves what was there before.
+    Everything is written beside its place first, so a full disk (OSError) leaves what was there before. ValueError for a model in 4 bits
+    or with adapters.
     """
     directory = Path(directory)
     config = dataclasses.replace(model.config, tie_word_embeddings=model.lm_head.weight is model.transformer.word_embeddings.weight)

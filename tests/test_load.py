@@ -186,7 +186,7 @@ def test_all_that_is_missing_unexpected_or_misshapen_is_in_one_error(directory):
         load_falcon(directory)
     assert re.sub(" +", " ", str(caught.value)).splitlines()[1:] == [
         f" misshapen {QKV} [95, 64], expected [96, 64]",
-        " misshapen transformer.h.0.self_attention.dense.weight holds I8, expected one of F64, F32, F16, BF16",
+        " wrong type transformer.h.0.self_attention.dense.weight holds I8, expected one of F64, F32, F16, BF16",
         " missing transformer.h.1.mlp.dense_4h_to_h.weight [64, 256]",
         " missing transformer.ln_f.bias [64]",
         " unexpected transformer.h.0.mlp.gate.weight",
