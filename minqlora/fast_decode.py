@@ -264,7 +264,8 @@ class Decoder:
         """Logits behind self.ids. On a GPU they are launched, not there yet, and the next step overwrites them."""
         if self.graph is None:
             return self.forward(model)
-        self.graph.replay()
+        with torch.cuda.device(self.ids.device):
+            self.graph.replay()
         return self.logits
 
 
@@ -274,9 +275,7 @@ class Fetched:
     def __init__(self, ids: Tensor):
         self.host = torch.empty(ids.shape, dtype=ids.dtype, pin_memory=ids.is_cuda)
         self.host.copy_(ids, non_blocking=True)
-        self.event = torch.cuda.Event() if ids.is_cuda else None
-        if self.event is not None:
-            self.event.record()
+        self.event = torch.cuda.current_stream(ids.device).record_event() if ids.is_cuda else None
 
     def wait(self) -> Tensor:
         if self.event is not None:
