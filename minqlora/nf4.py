@@ -40,7 +40,7 @@ shows it).
 
 **On a GPU** the same functions run `kernels/quantize_4bit.py` and `kernels/dequantize_4bit.py`. There bitsandbytes multiplies by the
 approximate reciprocal of the hardware and has four of the 15 midpoints one float off, and so has the kernel: a few values in ten
-million land on the neighbouring level, and a block of zeros becomes code 0 times absmax 0 in place of code 7 times absmax 0: the same zeros.
+million land on the neighbouring level. A block of zeros becomes code 0 times absmax 0 in place of code 7 times absmax 0: the same zeros.
 """
 
 import math
