@@ -82,7 +82,11 @@ def load_falcon(
             # The weight is quantized from what the file holds; a cast to `dtype` before would round it twice.
             weight = where[key].get_tensor(key).to(device)
             bias = None if linears[name].bias is None else where[f"{name}.bias"].get_tensor(f"{name}.bias").to(device, dtype, copy=True)
-            model.set_submodule(name, Linear4bit.from_weight(weight, bias, code, blocksize, double_quant))
+            try:
+                layer = Linear4bit.from_weight(weight, bias, code, blocksize, double_quant)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
+            model.set_submodule(name, layer)
             del weight
     if config.tie_word_embeddings:
         model.lm_head.weight = model.transformer.word_embeddings.weight

@@ -194,6 +194,12 @@ def test_all_that_is_missing_unexpected_or_misshapen_is_in_one_error(directory):
     ]
 
 
+def test_a_weight_that_cannot_be_quantized_is_named(directory):
+    edit(directory, lambda tensors: tensors[QKV].view(-1)[7].fill_(float("nan")))
+    with pytest.raises(ValueError, match=rf"{re.escape(QKV)}: absmax holds 1 values that are NaN or infinite"):
+        load_falcon(directory)
+
+
 def test_nothing_is_read_before_every_key_is_accounted_for(directory, monkeypatch):
     edit(directory, lambda tensors: tensors.pop("transformer.ln_f.bias"))
     monkeypatch.setattr(load.Linear4bit, "from_weight", lambda *_: pytest.fail("a tensor was quantized"))
