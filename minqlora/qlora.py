@@ -5,8 +5,8 @@
 
 1. `quantize_linears` puts every linear layer of every block into 4 bits. (A loader does the same tensor by tensor, so that the
    16-bit model is never in memory.) Embeddings, norms and the head keep their type.
-2. `add_lora` freezes the model and wraps those layers. *Every* linear layer of every block: the paper's Figure 2 shows that
-   adapters on attention alone do not reach full fine-tuning at any rank, and that adapters on all layers do at nearly any.
+2. `add_lora` freezes the model and wraps those layers. *Every* linear layer of every block: the paper finds (Figure 2) that this is
+   what it takes to match full fine-tuning, and that the rank hardly matters then.
 3. Train. The gradient flows through the 4-bit weights into A and B.
 4. `merge_lora` gives a plain 16-bit model. It adds the adapters to the *dequantized* weight, which is what they were trained beside,
    and does not quantize again: that would round away the very differences that training made.
