@@ -3,7 +3,8 @@
 **The problem.** A weight of 18176 x 4544 has 1.29 million absmaxes, 5 MB: little beside the weight's 165 MB, and it must take little time.
 A program takes ROWS groups of `blocksize` absmaxes as a tile (ROWS, BLOCK), subtracts the mean from each, takes the largest magnitude
 of a row, and looks up the level for each scaled value. The mean is PyTorch's: the order of its additions decides its last bit, and
-bitsandbytes calls the same function.
+bitsandbytes calls the same function. On one H100 the two take 0.017 ms for that weight, half of it the mean. Tiles of 256 to 1024
+values and 1 to 8 warps lie within 10 % of each other: the search waits for its loads, which come one after the other.
 
 **The search is not the one of the reference.** On a CPU, bitsandbytes rounds to one of 65 536 points and then takes the nearest level. On
 CUDA it descends through the 256 ascending levels in seven steps from the 127th:
