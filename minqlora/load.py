@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minqlora.falcon import Falcon, FalconConfig
+from minqlora.linear4bit import Linear4bit
 from minqlora.nf4 import NF4
-from minqlora.qlora import Linear4bit, block_linears
+from minqlora.qlora import block_linears
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "transformer.word_embeddings.weight", "lm_head.weight"

@@ -15,8 +15,9 @@
 import torch
 from torch import nn
 
-from minqlora.linear4bit import NF4, Linear4bit, frozen
+from minqlora.linear4bit import Linear4bit, frozen
 from minqlora.lora import LoRALinear, adapters, linears, matches, replace
+from minqlora.nf4 import NF4
 
 
 def block_linears(model: nn.Module) -> dict[str, nn.Module]:
