@@ -7,6 +7,7 @@
 Random weights of the published shape, random prompts, greedy, no eos. Each stack runs in a process of its own:
 
     ours, ours+lora     NF4 with double quantization; without and with an adapter of rank 64 on all linears, attached, not merged
+    ours-serial         ours on one stream: attention's chain after the MLP's instead of beside it
     ours16              the same decoder over bfloat16 weights
     hf, hf+lora         transformers + bitsandbytes (+ peft). transformers 5 leaves Falcon's linears in 16 bits (they are a subclass of
                         nn.Linear), so they are replaced by hand here
@@ -42,12 +43,13 @@ from random_falcon import SHAPES, random_falcon  # noqa: E402
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 
 from minqlora import add_lora, generate, merge_lora  # noqa: E402
+from minqlora.fast_decode import DECODERS, Decoder  # noqa: E402
 from minqlora.lora import adapters  # noqa: E402
 from minqlora.qlora import quantize_linears  # noqa: E402
 
 ROWS = ("1x128", "4x128", "16x128", "64x128", "1x512", "1x2048")
 QUICK_ROWS = ("1x128", "16x128", "1x512", "1x2048")
-STACKS = {"ours": ("ours", "ours+lora"), "ours16": ("ours16",), "hf": ("hf", "hf+lora")}    # process -> what it measures
+STACKS = {"ours": ("ours", "ours-serial", "ours+lora"), "ours16": ("ours16",), "hf": ("hf", "hf+lora")}    # process -> what it measures
 RANK = 64
 DEVICE, DTYPE = "cuda", torch.bfloat16
 
@@ -68,6 +70,15 @@ def attach(model) -> None:
 
 def ask_ours(model, ids, new):
     generate(model, ids, max_new_tokens=new)
+
+
+def ask_on_one_stream(model, ids, new):
+    batch, length = len(ids), ids.shape[1] + new
+    known = DECODERS.get(model)
+    if known is None or known.stream is not None or not known.fits(model, batch, length):
+        DECODERS[model] = Decoder(model, batch, length)
+        DECODERS[model].stream = None
+    ask_ours(model, ids, new)
 
 
 def quantize_by_hand(model) -> None:
@@ -191,7 +202,7 @@ def measure(args, process: str) -> list[dict]:
             if "lora" in stack:
                 attach(model)
                 model.eval()
-            rows += measure_rows(args, stack, model, ask_ours)
+            rows += measure_rows(args, stack, model, ask_on_one_stream if stack == "ours-serial" else ask_ours)
         else:
             if not rows:
                 model = make_hf(config)
@@ -208,8 +219,6 @@ def measure(args, process: str) -> list[dict]:
 
 
 def errors(config) -> list[dict]:
-    from minqlora.fast_decode import Decoder
-
     config, prompt, new = dataclasses.replace(config, num_hidden_layers=4), 64, 32
     plain16 = random_falcon(config, DEVICE, DTYPE, quantize=False)
     ids = torch.randint(config.vocab_size, (2, prompt + new), device=DEVICE)

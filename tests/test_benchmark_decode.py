@@ -79,7 +79,7 @@ def dequantized(benchmark, theirs):
 
 def test_rows_table_and_chart(benchmark, monkeypatch, tmp_path):
     pytest.importorskip("peft")
-    stacks = ["ours", "ours+lora", "ours16", "hf", "hf+lora"]
+    stacks = ["ours", "ours-serial", "ours+lora", "ours16", "hf", "hf+lora"]
     args = argparse.Namespace(model="small", rows="1x5,2x3", stacks=",".join(stacks), tokens=4, hf_tokens=4, repeats=2,
                               profile=False, output=tmp_path)
     monkeypatch.setattr(benchmark, "quantize_by_hand", lambda theirs: None)
@@ -92,7 +92,7 @@ def test_rows_table_and_chart(benchmark, monkeypatch, tmp_path):
     timed = [row for row in rows if "step_ms" in row]
     assert [(row["stack"], row["row"]) for row in timed] == [(stack, row) for stack in stacks for row in ("1x5", "2x3")]
     assert all(row["step_ms"] == 2000 and row["first_token_ms"] == 1000 for row in timed)
-    assert [row["tokens_per_second"] for row in timed] == [0.5, 1.0] * 5
+    assert [row["tokens_per_second"] for row in timed] == [0.5, 1.0] * 6
     head = {"gpu": "none", "torch": torch.__version__, "date": "today", "model": "small", "copy_gb_per_second": 1e-3}
     rows += [{"stack": "hf", "error": 0.5}, {"row": "all", "stack": "hf", "failed": "out of memory"}]
     lines = benchmark.table(head, rows).splitlines()
