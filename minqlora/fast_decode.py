@@ -1,8 +1,8 @@
 """15. Decoding on a GPU: one step, recorded once, replayed for each token.
 
 generate.py is the definition and falcon.py its model; this is their pair for a GPU. A decode step of Falcon-7B reads 3.4 GB of packed
-weights and 0.6 GB of head, 1.3 ms on an H100, and consists of some 400 launches, which take Python ten times as long. So the step,
-from the ids to the logits, is recorded as a CUDA graph over a cache that stays where it is. What else it takes:
+weights and 0.6 GB of head, 1.3 ms at the 3 TB/s of an H100, and consists of some 400 launches, which take Python far longer. So the
+step, from the ids to the logits, is recorded as a CUDA graph over a cache that stays where it is. What else it takes:
 
 **A step waits for nobody.** The host launches step t + 1 before it looks at token t, so the GPU has work while a token is decoded,
 printed and compared with eos. Ids reach the host by a copy of their own into pinned memory, with an event behind it: who reads
@@ -19,8 +19,8 @@ block has two chains that do not need each other, and the short one runs beside 
     main   norm -> up ---------------------> GELU -> down ------------------------> + residual, in the next norm
     side        -> x A^T, qkv, attention -'      -> g A^T, a A^T, dense ----------'
 
-**Adapters off the long chain.** Their traffic is 3 % of the weights', but six small products a block, one after the other, would cost
-far more. A of up and qkv stand above each other and are one product; it and the A of down and dense run on the side stream. Down and
+**Adapters off the long chain.** At rank 64 they add 6 % to what is read, but six small products a block, one after the other, would
+cost far more. A of up and qkv stand above each other and are one product; it and the A of down and dense run on the side stream. Down and
 dense add into the same output, so one of them, dense, adds the LoRA part of both: [g A_down^T | a A_dense^T] [s B_down | s B_dense]^T. The
 products read copies in the model's dtype with B scaled, 2 bytes a value of the adapter, refreshed at each call.
 

@@ -148,7 +148,7 @@ def test_the_draws_are_those_of_multinomial():
     weights = torch.rand(500, 30)
     expected = torch.multinomial(weights, 1, generator=torch.Generator().manual_seed(5))
     assert torch.equal(draw(weights, torch.Generator().manual_seed(5)), expected)
-    weights[:, 1:] = 0    # what was cut off is never drawn, though its wait may be 0
+    weights[:, 1:] = 0    # what was cut off is never drawn
     assert (draw(weights, None) == 0).all()
 
 
@@ -199,6 +199,7 @@ def test_a_decoder_goes_when_its_model_goes_and_is_not_kept_for_one_in_training(
 def test_two_answers_at_a_time_do_not_disturb_each_other():
     model = small()
     (one, other), _, _ = prompts([9, 4])
+    decoded(model, one, keep=True)    # a decoder is there, and only one of the two may have it
     first = decode_steps(model, one, None, 8, 0.0, 1.0, (), None, keep=True)
     start = [next(first) for _ in range(3)]
     assert torch.equal(decoded(model, other, new=8, keep=True), generate(model, other, max_new_tokens=8)[:, 4:])
