@@ -58,8 +58,7 @@ def our_step(args, row, stack):
     if stack == "readable":
         model.checkpointing = True
     else:
-        fuse(model, keep_bytes=int(args.keep * 2**30) if stack == "kept" else 0)
-        loss = GraphedLoss(model)
+        loss = GraphedLoss(model, fuse(model, keep_bytes=int(args.keep * 2**30) if stack == "kept" else 0))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, args.optimizer, lr=2e-4)
     learned = torch.arange(batch * length, device="cuda").view(batch, length)[:, 1:].flatten()

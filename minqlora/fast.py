@@ -315,12 +315,12 @@ def leaf(qkv: Tensor, shape: torch.Size) -> Tensor:
     return qkv.unflatten(0, shape).data.requires_grad_()
 
 
-def fuse(model: Falcon, keep_bytes: int = 0) -> None:
+def fuse(model: Falcon, keep_bytes: int = 0) -> list[FusedBlock]:
     """Let the blocks of a Falcon with LoRA on all linears train by the functions above, in place.
 
     keep_bytes is the memory to spend on not computing again: as many blocks as fit keep their products, the last ones first, since their
     memory is free again when the backward comes to the others. The last block always keeps its own: its backward, the first,
-    would need as much. Decoding with a cache goes on as before.
+    would need as much. Decoding with a cache goes on as before. Returns the blocks' fused halves.
     """
     layers, config = model.transformer.h, model.config
     if not config.parallel_attn or config.bias or config.hidden_dropout:
@@ -330,8 +330,10 @@ def fuse(model: Falcon, keep_bytes: int = 0) -> None:
     if bare:
         raise ValueError(f"the fused block wants LoRA on all linears of every block; without an adapter: transformer.h.{bare[0]}, ...")
     model.checkpointing = False                                      # a fused block has its own
-    for index, block in enumerate(layers):
-        block.forward = functools.partial(forward, block, FusedBlock(block), len(layers) - index, keep_bytes)
+    blocks = [FusedBlock(block) for block in layers]
+    for index, (block, fused) in enumerate(zip(layers, blocks, strict=True)):
+        block.forward = functools.partial(forward, block, fused, len(layers) - index, keep_bytes)
+    return blocks
 
 
 def forward(block: FalconBlock, fused: FusedBlock, from_the_end: int, keep_bytes: int, x: Tensor, context: Context) -> Tensor:

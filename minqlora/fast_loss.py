@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minqlora.falcon import Falcon
-from minqlora.fast import compiled
+from minqlora.fast import FusedBlock, compiled
 
 IGNORED = -100    # a label that is not in the loss, as in torch's cross_entropy
 
@@ -65,14 +65,18 @@ class GraphedLoss:
     """fused_loss for a model in training on a GPU, replayed from a recording a shape. Batches above `most_tokens` are computed as usual.
 
     Where a batch is that large the GPU is busy long enough for the host to keep ahead, and a recording would only hold on to memory.
+    `blocks` is what `fuse(model)` returned.
     """
 
-    def __init__(self, model: Falcon, most_tokens: int = 4096):
-        self.model, self.most_tokens = model, most_tokens
-        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    def __init__(self, model: Falcon, blocks: list[FusedBlock], most_tokens: int = 4096):
+        self.model, self.blocks, self.most_tokens = model, blocks, most_tokens
+        self.parameters = [matrix for block in blocks for matrix in block.adapters]
         # All recordings write here, and backward makes it the parameters' own: a gradient is in memory once, with a recording or without.
         self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
         self.recordings, self.pool = {}, None
+        # Autograd asks for one input that wants a gradient. It must not be the parameters: a graph of the step before, still alive on
+        # another stream, would pull that stream into a recording.
+        self.anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
 
     def __call__(self, model: Falcon, batch) -> Tensor:
         rows, tokens = batch.input_ids.shape
@@ -83,7 +87,7 @@ class GraphedLoss:
         ids = F.pad(batch.input_ids, (0, padded - tokens))
         # The label of a token is the one to its right; the last of a row has none.
         labels = F.pad(batch.labels[:, 1:], (0, padded - tokens + 1), value=IGNORED)
-        return Replay.apply(self, ids, labels, *self.parameters)
+        return Replay.apply(self.anchor, self, ids, labels)
 
     def replay(self, ids: Tensor, labels: Tensor) -> Tensor:
         if ids.shape not in self.recordings:
@@ -100,12 +104,18 @@ class GraphedLoss:
 
     def record(self, ids: Tensor, labels: Tensor):
         ids, labels = ids.clone(), labels.clone()
+        # Stand-ins with the adapters' memory and no history, for the reason of the anchor.
+        leaves = iter([parameter.detach().requires_grad_() for parameter in self.parameters])
+        own = [block.adapters for block in self.blocks]
+        for block in self.blocks:
+            block.adapters = [next(leaves) for _ in block.adapters]
+        stand_ins = [matrix for block in self.blocks for matrix in block.adapters]
 
         def step() -> Tensor:
             with torch.enable_grad():
                 hidden = self.model.hidden_states(ids).flatten(0, 1)
                 loss = ChunkedLoss.apply(hidden, self.model.lm_head.weight, labels.flatten(), 2048)
-                torch._foreach_copy_(self.gradients, torch.autograd.grad(loss, self.parameters))
+                torch._foreach_copy_(self.gradients, torch.autograd.grad(loss, stand_ins))
             return loss.detach()
 
         # Twice on a stream of its own, so that everything that happens once (compilation, workspaces) has happened.
@@ -119,14 +129,16 @@ class GraphedLoss:
         with torch.cuda.graph(graph, pool=self.pool):
             loss = step()
         self.pool = graph.pool()
+        for block, adapters in zip(self.blocks, own, strict=True):
+            block.adapters = adapters
         return graph, ids, labels, loss
 
 
 class Replay(torch.autograd.Function):
-    """The loss as a function of the adapters. Its backward gives them the gradients that were computed along with it."""
+    """The loss. Its backward gives the adapters the gradients that were computed along with it."""
 
     @staticmethod
-    def forward(ctx, graphed, ids, labels, *parameters):
+    def forward(ctx, anchor, graphed, ids, labels):
         ctx.graphed = graphed
         return graphed.replay(ids, labels)
 
@@ -136,4 +148,4 @@ class Replay(torch.autograd.Function):
         torch._foreach_mul_(graphed.gradients, grad_loss)
         for parameter, gradient in zip(graphed.parameters, graphed.gradients, strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        return None, None, None, *[None] * len(graphed.parameters)
+        return None, None, None, None

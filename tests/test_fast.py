@@ -164,8 +164,7 @@ def test_on_a_gpu_the_fused_block_is_as_close_to_float32_as_the_readable_one(var
 @pytest.mark.gpu
 def test_a_replayed_loss_is_the_fused_loss_for_every_batch_of_its_shape_and_any_other():
     model = adapted(VARIANTS["7b"], "cuda", torch.bfloat16)
-    fuse(model)
-    graphed = GraphedLoss(model)
+    graphed = GraphedLoss(model, fuse(model))
     for _ in range(3):
         batch = a_batch(97, "cuda")
         expected, gradients = loss_and_gradients(model, batch, fused_loss)
