@@ -131,6 +131,9 @@ class Linear4bit(nn.Module):
     def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
         """W, (out_features, in_features), in dtype: a new tensor, or out, which may be some columns of a wider one."""
         shape = (self.out_features, self.in_features)
+        if out is not None and self.in_features % self.blocksize and not out.is_contiguous():
+            # Blocks cross the ends of rows here, and the kernel places whole blocks.
+            return out.copy_(self.dequantize(dtype))
         if self.weight.is_cuda:
             from minqlora.kernels.dequantize_4bit import dequantize_4bit as kernel
 
