@@ -402,7 +402,8 @@ def test_a_gpu_gives_the_logits_and_gradients_of_the_cpu(variant):
         model.to(device).zero_grad()
         logits = model(ids.to(device), mask.to(device))[mask.to(device) > 0]
         logits.square().mean().backward()
-        return logits.detach().cpu(), {name: parameter.grad.cpu() for name, parameter in model.named_parameters()}
+        # Copies: a model that moves takes its gradients along.
+        return logits.detach().cpu(), {name: parameter.grad.cpu().clone() for name, parameter in model.named_parameters()}
 
     (expected, expected_gradients), (found, gradients) = step("cpu"), step("cuda")
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
