@@ -1,14 +1,32 @@
 """y = x · W^T with W in 4 bits, and its gradient: the product that every linear of the model runs on a GPU.
 
-Two ways lead to it, and the number of rows of x decides. What a row is: one token.
+The number of rows of x decides the way. A row is a token: one in a decode step, thousands in training.
 
-1. **Few rows** (a decode step, a short prompt): the time is that of reading W. `few_rows.py` decodes it inside the product, so the
-   packed 0.52 byte a weight is all that moves.
-2. **Many rows** (training, a long prompt): the time is that of multiplying, and cuBLAS multiplies better than any kernel that also
-   decodes. `dequantize_4bit.py` writes W to a workspace in one launch, and cuBLAS reads it from there. The price is one pass
-   over W, the same whatever the rows, so its share shrinks as they grow.
+1. **Few rows**: the time is that of reading W. The weight is decoded inside the product, so that its packed 0.52 byte a weight is all
+   that moves. Three kernels share a page of arithmetic: `few_rows.py` in plain Triton says what is computed, for any shape and
+   any device; `few_rows_mma.py` and `few_rows_wgmma.py` say it again in Gluon for the shapes that models have, with a Hopper GPU in
+   mind, four to eight times faster.
+2. **Many rows**: the time is that of multiplying, and cuBLAS multiplies better than any kernel that also decodes.
+   `dequantize_4bit.py` writes W to a workspace in one launch, and cuBLAS reads it from there. The price is one pass over W whatever
+   the rows, so its share shrinks as they grow.
 
 The gradient of x is the same choice with W not transposed. W itself is frozen; the bias and the two LoRA tensors get theirs.
+
+**Where they cross**, ms a call in a CUDA graph over rotating weights, one H100 (up is 18176 x 4544, qkv 4672 x 4544; bfloat16, doubly
+quantized; bold is what `fused_kernel` chooses):
+
+    rows                      1            8            16           32           64           128
+    up    few_rows_mma      **0.024**    **0.028**     0.035
+          few_rows_wgmma     0.035                   **0.034**    **0.037**    **0.048**    **0.089**
+          workspace          0.138                    0.138                     0.139
+          cuBLAS, bf16 W     0.060                    0.061                     0.063        0.065
+    qkv   few_rows_mma      **0.010**                  0.014
+          few_rows_wgmma     0.013                   **0.013**    **0.014**    **0.017**    **0.029**
+          workspace          0.034                    0.033                     0.034
+          cuBLAS, bf16 W     0.018                    0.018                     0.018        0.019
+
+Beyond 128 rows a second tile of x would decode W again and take another 0.089, where the workspace takes 0.14 to begin with.
+The gradient of few rows is few_rows.py's, up / qkv: 0.088 / 0.028 at one row, 0.090 / 0.028 at 16. A workspace was 0.14 / 0.034.
 
 **Why the operators are registered.** `torch.compile` cannot look into a Triton launch and does not have to: each operator below
 comes with a fake implementation that says only what shape and type come out. One graph, no break.
@@ -21,11 +39,13 @@ by streams that know nothing of each other.
 import torch
 from torch import Tensor
 
-from minqlora.kernels import few_rows
+from minqlora.kernels import few_rows, few_rows_mma, few_rows_wgmma
 from minqlora.kernels.dequantize_4bit import dequantize_4bit
 
-# From this many rows on, dequantize + cuBLAS.
-MANY_ROWS = 65
+# Up to this many rows each kernel is the fastest; the table above.
+MMA_ROWS = 8
+WGMMA_ROWS = 128
+PLAIN_ROWS = 16
 
 
 def matmul_4bit(
@@ -92,10 +112,12 @@ def product(
 ) -> Tensor:
     nested = None if absmax2 is None else (absmax2, offset, code2, blocksize2)
     flat = x.reshape(-1, in_features)                              # (rows, in_features)
-    xa = None if lora_xa is None else lora_xa.reshape(-1, lora_B.shape[1]).to(x.dtype)     # (rows, rank)
+    xa = None if lora_xa is None else lora_xa.reshape(-1, lora_B.shape[1]).to(x.dtype).contiguous()         # (rows, rank)
+    lora_B = None if lora_B is None else lora_B.contiguous()
+    kernel = fused_kernel(flat, packed, out_features, blocksize)
     with torch.cuda.device_of(x):
-        if 0 < flat.shape[0] < MANY_ROWS and in_features % 2 == 0:
-            y = few_rows.product(unit_stride(flat), packed, absmax, code, out_features, blocksize, nested, bias, xa, lora_B, scale)
+        if kernel is not None:
+            y = kernel.product(aligned(flat), packed, absmax, code, out_features, blocksize, nested, bias, xa, lora_B, scale)
         else:
             weight = dequantize_4bit(packed, absmax, (out_features, in_features), code, blocksize, x.dtype, nested)
             y = add_product(None if bias is None else bias.to(x.dtype), flat, weight, xa, lora_B, scale)
@@ -111,9 +133,25 @@ def add_product(bias, x, weight, xa, lora_B, scale) -> Tensor:
     return y.addmm_(x, weight.T)
 
 
-def unit_stride(x: Tensor) -> Tensor:
-    """The kernels walk along a row one value at a time; rows may lie apart."""
-    return x if x.stride(1) == 1 else x.contiguous()
+def fused_kernel(x: Tensor, packed: Tensor, out_features: int, blocksize: int):
+    """The kernel that decodes the weight inside the product, or None where dequantizing it first is faster."""
+    rows, in_features = x.shape
+    whole = in_features % 64 == 0 and in_features >= 512 and out_features >= 16 and blocksize % 64 == 0 and packed.data_ptr() % 16 == 0
+    if rows > 0 and whole and few_rows.has_table(x) and torch.cuda.get_device_capability(x.device)[0] == 9:
+        return few_rows_mma if rows <= MMA_ROWS else few_rows_wgmma if rows <= WGMMA_ROWS else None
+    return few_rows if is_plain(x, in_features) else None
+
+
+def is_plain(x: Tensor, in_features: int) -> bool:
+    """Whether few_rows.py multiplies x. Without its table (float32 on a GPU) it would lose; the interpreter has nothing to lose."""
+    return 0 < x.shape[0] <= PLAIN_ROWS and in_features % 2 == 0 and (few_rows.has_table(x) or not x.is_cuda)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x with its values side by side in each row, and rows that begin at multiples of 16 bytes, as vector loads need them."""
+    if x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 @product.register_fake
@@ -139,8 +177,8 @@ def product_grad(
     nested = None if absmax2 is None else (absmax2, offset, code2, blocksize2)
     flat = dy.reshape(-1, out_features)                            # (rows, out_features)
     with torch.cuda.device_of(dy):
-        if 0 < flat.shape[0] < MANY_ROWS and in_features % 2 == 0:
-            dx = few_rows.grad(unit_stride(flat), packed, absmax, code, in_features, blocksize, nested)
+        if is_plain(flat, in_features):
+            dx = few_rows.grad(aligned(flat), packed, absmax, code, in_features, blocksize, nested)
         else:
             dx = flat @ dequantize_4bit(packed, absmax, (out_features, in_features), code, blocksize, dy.dtype, nested)
     return dx.reshape(*dy.shape[:-1], in_features)                 # (..., in_features)
