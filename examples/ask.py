@@ -42,8 +42,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flag("--merge-dtype", choices=DTYPES, default="bfloat16", help="of the merged model")
     flag("--chat", action="store_true", help="at the prompt, keep what was said before; for models tuned on conversations")
     flag("--max-new-tokens", type=int, help="of an answer; as many as fit into the model's positions, 512 at most, where not given")
-    flag("--temperature", type=float, default=0.0, help="0: the likeliest word each time; the paper samples at 0.7")
-    flag("--top-p", type=float, default=1.0, help="draw among the likeliest words that make up this probability; the paper takes 0.9")
+    flag("--temperature", type=float, default=0.7, help="0: the likeliest word each time; the default is the paper's")
+    flag("--top-p", type=float, default=0.9, help="draw among the likeliest words of this probability together; the default is the paper's")
     flag("--seed", type=int, default=0, help="of the drawing")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
     flag("--dtype", choices=DTYPES, help="what is computed in; bfloat16 where it is fast, else float32")
@@ -119,6 +119,8 @@ class Asker:
         self.model, self.template, self.args = model, template, args
         self.tokenizer, self.eos = load_tokenizer(base), eos_token_id(base)
         device = torch.device(args.device)
+        # One token of a narrow model is too little work for two cores: where another program wants one of them, the other waits for it.
+        torch.set_num_threads(1 if model.config.hidden_size < 1024 else torch.get_num_threads())
         self.generator = torch.Generator(device).manual_seed(args.seed)
         self.said: tuple[tuple[str, str], ...] = ()
 

@@ -2,10 +2,11 @@
 
     python examples/finetune_falcon.py                                        # the embedded example, on whatever machine this is
     python examples/finetune_falcon.py --model tiiuae/falcon-7b --data my.jsonl --output runs/mine      # the real thing
+    python examples/finetune_falcon.py --model tiiuae/falcon-7b --plan --memory 16GiB                   # what that takes, part by part
 
 What it does, in the order of `run` below: reads and tokenizes the records; loads the base tensor by tensor, each linear of a block
 going to NF4 with double quantization; adds LoRA to them; answers three held-out questions; trains; answers them again, and
-prints the held-out loss and perplexity before and after.
+prints the held-out loss and perplexity before and after. On a GPU the blocks and the loss are those of fast.py and fast_loss.py.
 
 `--data` takes JSON lines: instruction/input/output, input/output, chat messages or plain text. Held out are the records of
 `--eval-data`, or those with "split": "held_out", or else a share of the questions (`--held-out`). Where records say their "kind", each
@@ -31,17 +32,23 @@ import time
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer
 
+from minqlora.activations import Flags
 from minqlora.data import TEMPLATE_FILE, Example, Record, Template, encode, pack, read_records, split_records, tokenize
 from minqlora.falcon import Falcon, FalconConfig
+from minqlora.fast import fuse
+from minqlora.fast_loss import GraphedLoss, fused_loss
 from minqlora.generate import generate
 from minqlora.linear4bit import Linear4bit
 from minqlora.load import eos_token_id, fast_dtype, fetch, load_falcon, load_tokenizer, read_json
 from minqlora.lora import LoRALinear, save_adapter
 from minqlora.optim import OPTIMIZERS, make_optimizer
+from minqlora.plan import parse_memory, plan
+from minqlora.plan import report as report_plan
 from minqlora.qlora import add_lora, block_linears, count_parameters
-from minqlora.train import CHECKPOINT_FILE, METRICS_FILE, SCHEDULES, TrainConfig, peak_memory, train, write_atomically
+from minqlora.train import CHECKPOINT_FILE, METRICS_FILE, SCHEDULES, TrainConfig, answer_loss, peak_memory, train, write_atomically
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "tiny_falcon"
@@ -51,13 +58,14 @@ RUN_FILES = ("adapter_config.json", "adapter_model.safetensors", TEMPLATE_FILE, 
 # The paper's (Guanaco): 16 rows a step, here 4 at a time. They are right for models of billions of parameters.
 PAPER = {"rank": 64, "alpha": 16.0, "dropout": 0.1, "lr": 2e-4, "clip": 0.3, "length": 512, "batch_size": 4, "accumulate": 4, "steps": 1875,
          "eval_every": 200, "save_every": 200, "checkpointing": True, "answer_tokens": 128}
-# The embedded base has four million parameters, a thousandth of the smallest model that the paper tunes. Narrow layers want larger
-# steps; a few hundred records are seen several times, and no more, in the minutes that two CPU cores take; nothing needs saving of memory.
-EMBEDDED = {"rank": 64, "alpha": 64.0, "dropout": 0.05, "lr": 2e-3, "clip": 1.0, "length": 256, "batch_size": 16, "accumulate": 1,
-            "steps": 150, "schedule": "cosine", "warmup": 0.05, "eval_every": 50, "save_every": 50, "checkpointing": False,
-            "answer_tokens": 80}
+# The embedded base has four million parameters, a thousandth of the smallest model that the paper tunes, and its layers are narrow: they
+# want a rate ten times as large, and a cosine that takes it back before 800 records are learned by heart. Two rounds through the records,
+# 8 at a time, are what lowers the held-out loss, and two CPU cores take about a minute for them. Memory is no concern.
+EMBEDDED = PAPER | {"lr": 2e-3, "schedule": "cosine", "warmup": 0.05, "length": 256, "batch_size": 8, "accumulate": 1, "steps": 200,
+                    "eval_every": 50, "save_every": 50, "checkpointing": False, "answer_tokens": 80}
 # What may change when a run is resumed: nothing here alters the steps that follow.
-FREE = {"output", "resume", "overwrite", "steps", "epochs", "eval_every", "save_every", "device", "questions", "answer_tokens"}
+FREE = {"output", "resume", "overwrite", "steps", "epochs", "eval_every", "save_every", "device", "questions", "answer_tokens", "plan",
+        "memory"}
 YES_NO = argparse.BooleanOptionalAction
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -70,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--quantize", action=YES_NO, default=True, help="put the base's linears into NF4; without it, LoRA over 16 or 32 bits")
     flag("--double-quant", action=YES_NO, default=True, help="quantize the scales too")
     flag("--dtype", choices=DTYPES, help="what is computed in; bfloat16 where it is fast, else float32")
-    flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, ...")
+    flag("--device", help="cpu, cuda, cuda:1, ...; the GPU where there is one")
 
     flag = parser.add_argument_group("adapter").add_argument
     flag("--rank", type=int, help="columns of A and B")
@@ -102,6 +110,9 @@ def parser() -> argparse.ArgumentParser:
     flag("--weight-decay", type=float, default=0.0, help="of the adapters")
     flag("--optimizer", choices=OPTIMIZERS, default="adamw", help="adamw8bit and paged keep its states small or on the host")
     flag("--checkpointing", action=YES_NO, help="recompute activations: less memory, a third more time")
+    flag("--fused", action=YES_NO, help="train by the fused blocks of fast.py; on a GPU, where they know the model, the default")
+    flag("--keep-bytes", type=size, default=0, metavar="SIZE", help="memory for what the fused blocks need not compute again, as 8GiB")
+    flag("--recorded", action=YES_NO, help="replay fused steps of up to 4096 tokens as CUDA graphs; on a GPU the default")
     flag("--seed", type=int, default=0, help="of adapters, order and dropout")
 
     flag = parser.add_argument_group("run").add_argument
@@ -112,7 +123,17 @@ def parser() -> argparse.ArgumentParser:
     flag("--save-every", type=int, help="steps between checkpoints; 0: at the end")
     flag("--questions", type=int, default=3, help="held-out questions to answer before and after")
     flag("--answer-tokens", type=int, help="tokens of such an answer at most")
+    flag("--plan", action="store_true", help="print what the run would take in memory (on a GPU, unless --device says cpu), and do nothing")
+    flag("--memory", type=size, metavar="SIZE", help="as 24GiB: with --plan, what makes it fit; without, do not start what does not")
     return parser
+
+
+def size(text: str) -> int:
+    """Bytes, of a number or of "24GiB"."""
+    try:
+        return int(text) if text.isdigit() else parse_memory(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -120,7 +141,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flags, first = parser(), argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("--model", "--output"):
         first.add_argument(name, default=flags.get_default(name[2:]))
-    for name in ("--resume", "--overwrite"):
+    for name in ("--resume", "--overwrite", "--plan"):
         first.add_argument(name, action="store_true")
     first, _ = first.parse_known_args(argv)
     saved, output = {}, Path(first.output)
@@ -139,13 +160,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError("a resumed run keeps its arguments, and these are others: " + ", ".join(
             f"--{name.replace('_', '-')} {getattr(args, name)} (it was {saved[name]})" for name in changed))
     found = [name for name in RUN_FILES if (output / name).exists()]
-    if found and not (args.resume or args.overwrite):
+    if found and not (args.resume or args.overwrite or args.plan):
         raise ValueError(f"--output {output} already holds a run ({', '.join(found)}): --resume goes on with it, --overwrite deletes it, "
                          "or choose another place")
     return args
 
 
-def check(args: argparse.Namespace, config: FalconConfig) -> None:
+def check(args: argparse.Namespace, config: FalconConfig, device: torch.device) -> None:
     """Refuse what cannot work before anything is loaded: on a model without memory, the adapters' own checks run too."""
     train_config(args)
     if not 2 <= args.length <= config.max_position_embeddings:
@@ -157,11 +178,15 @@ def check(args: argparse.Namespace, config: FalconConfig) -> None:
     for name in ("questions", "weight_decay", "answer_tokens"):
         if getattr(args, name) < (name == "answer_tokens"):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {int(name == 'answer_tokens')}")
-    if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: there is no CUDA device here")
     with torch.device("meta"):
         model = Falcon(config)
     adapt(model, args)
+    ledger = plan(config, memory_flags(args, config, device))
+    if args.memory and ledger.total > args.memory:
+        raise ValueError(f"--memory: the run would take {ledger.total / 2**30:.2f} GiB, and {args.memory / 2**30:.2f} are given; "
+                         "--plan says what would fit")
 
 
 def train_config(args: argparse.Namespace) -> TrainConfig:
@@ -174,6 +199,35 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
 def adapt(model: Falcon, args: argparse.Namespace) -> None:
     targets = "all" if args.targets == ["all"] else args.targets
     add_lora(model, args.rank, args.alpha, args.dropout, targets, DTYPES[args.adapter_dtype])
+
+
+def uses_fast(args: argparse.Namespace, config: FalconConfig, device: torch.device) -> tuple[bool, bool]:
+    """(blocks of fast.py, replayed as CUDA graphs): as the flags say, else on a GPU wherever they can."""
+    can = config.parallel_attn and not config.bias and not config.hidden_dropout and args.targets == ["all"]
+    fused = args.fused if args.fused is not None else device.type == "cuda" and can
+    recorded = args.recorded if args.recorded is not None else device.type == "cuda"
+    return fused, fused and recorded and not args.packing and args.batch_size * args.length <= 4096
+
+
+def memory_flags(args: argparse.Namespace, config: FalconConfig, device: torch.device) -> Flags:
+    """The flags that decide the memory, for plan.py."""
+    fused, recorded = uses_fast(args, config, device)
+    dtype = DTYPES[args.dtype] if args.dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Flags(batch_size=args.batch_size, length=args.length, accumulate=args.accumulate, rank=args.rank, dropout=args.dropout,
+                 targets="all" if args.targets == ["all"] else tuple(args.targets), adapter_dtype=DTYPES[args.adapter_dtype],
+                 optimizer=args.optimizer, checkpointing=args.checkpointing and not fused, quantize=args.quantize,
+                 double_quant=args.double_quant, dtype=dtype, packing=args.packing, fused=fused, keep_bytes=args.keep_bytes,
+                 recorded=recorded, device=device.type)
+
+
+def show_plan(args: argparse.Namespace) -> int:
+    """The memory of the run, from config.json alone."""
+    directory = Path(args.model).expanduser()
+    path = directory / "config.json" if directory.is_dir() else Path(hf_hub_download(args.model, "config.json"))
+    config = FalconConfig.from_json(read_json(path))
+    flags = memory_flags(args, config, torch.device(args.device or "cuda"))
+    print(report_plan(plan(config, flags), short(args.model), args.memory))
+    return 0
 
 
 def split(args: argparse.Namespace) -> tuple[list[Record], dict[str, list[Record]]]:
@@ -205,24 +259,29 @@ def split(args: argparse.Namespace) -> tuple[list[Record], dict[str, list[Record
 
 
 def answer(model: Falcon, tokenizer: Tokenizer, template: Template, eos: int, records: list[Record], tokens: int) -> list[str]:
-    """The model's own answers to the records' questions, each word the likeliest."""
-    prompts = [tokenize(record.question(), tokenizer, template, eos)[0] for record in records]
-    width = max(map(len, prompts), default=0)
-    tokens = min(tokens, model.config.max_position_embeddings - width)
-    if not prompts or tokens < 1:
-        return []
-    device = next(model.parameters()).device
-    ids = torch.tensor([[eos] * (width - len(prompt)) + prompt for prompt in prompts], device=device)             # (records, width)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    rows = generate(model, ids, mask, max_new_tokens=tokens, eos_token_id=eos)[:, width:].tolist()
-    return [tokenizer.decode(row).strip() + ("" if eos in row else " ...") for row in rows]
+    """The model's own answers to the records' questions, drawn as the paper draws (top-p 0.9, temperature 0.7), each from seed 0."""
+    device, answers, threads = next(model.parameters()).device, [], torch.get_num_threads()
+    # One token of a narrow model is too little work for two cores: where another program wants one of them, the other waits for it.
+    torch.set_num_threads(1 if model.config.hidden_size < 1024 else threads)
+    for record in records:
+        prompt, _ = tokenize(record.question(), tokenizer, template, eos)
+        room = min(tokens, model.config.max_position_embeddings - len(prompt))
+        if room < 1:
+            answers.append("(the question fills the model's positions)")
+            continue
+        ids = generate(model, torch.tensor([prompt], device=device), max_new_tokens=room, temperature=0.7, top_p=0.9, eos_token_id=eos,
+                       generator=torch.Generator(device).manual_seed(0))[0, len(prompt):].tolist()
+        answers.append(tokenizer.decode(ids).strip() + ("" if eos in ids else " ..."))
+    torch.set_num_threads(threads)
+    return answers
 
 
 def run(args: argparse.Namespace) -> int:
     began, output = time.perf_counter(), Path(args.output)
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     directory = fetch(args.model)
     config = FalconConfig.from_json(read_json(directory / "config.json"))
-    check(args, config)
+    check(args, config, device)
     output.mkdir(parents=True, exist_ok=True)
 
     # Records before weights: a slip in the data shows at once.
@@ -239,15 +298,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"held out    {kind}: {held}")
     if args.epochs:
         args.steps, args.epochs = max(1, round(args.epochs * len(rows) / (args.batch_size * args.accumulate))), None
-        check(args, config)
+        check(args, config, device)
 
-    device = torch.device(args.device)
     dtype = DTYPES[args.dtype] if args.dtype else fast_dtype(device)
     model = load_falcon(directory, args.quantize, double_quant=args.double_quant, device=device, dtype=dtype)
     torch.manual_seed(args.seed)
     adapt(model, args)
     model.checkpointing = args.checkpointing
-    describe(model, args, dtype)
+    describe(model, args, device, dtype)
 
     # Of all kinds together, evenly spread.
     every = [record for records in kinds.values() for record in records if record.messages[0][0] != "text"]
@@ -261,8 +319,12 @@ def run(args: argparse.Namespace) -> int:
     def save() -> None:
         save_adapter(model, output, base=args.model)
 
+    loss, (fused, recorded) = answer_loss, uses_fast(args, model.config, device)
+    if fused:
+        blocks = fuse(model, args.keep_bytes)
+        loss = GraphedLoss(model, blocks) if recorded else fused_loss
     optimizer = make_optimizer(model.parameters(), args.optimizer, args.lr, weight_decay=args.weight_decay)
-    outcome = train(model, optimizer, rows, train_config(args), output, eos, held_out, args.resume, save)
+    outcome = train(model, optimizer, rows, train_config(args), output, eos, held_out, args.resume, save, loss)
     if outcome.interrupted:
         print(f"\nStopped after step {outcome.step} of {args.steps}; everything is saved in {output}. Go on with\n\n"
               f"    {command('finetune_falcon.py', '--output', output, '--resume')}\n")
@@ -276,7 +338,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(model: Falcon, args: argparse.Namespace, dtype: torch.dtype) -> None:
+def describe(model: Falcon, args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
     """What was loaded and what is trained, counted from the tensors."""
     trainable, total = count_parameters(model)
     layers = [layer.base for layer in block_linears(model).values() if isinstance(layer, LoRALinear)]
@@ -284,11 +346,12 @@ def describe(model: Falcon, args: argparse.Namespace, dtype: torch.dtype) -> Non
     stored = sum(p.nbytes for layer in four_bit for name, p in layer.named_parameters() if name != "bias")
     values = sum(layer.out_features * layer.in_features for layer in four_bit)
     form = f"NF4{' with double quantization' * args.double_quant}, {8 * stored / values:.3f} bits each" if four_bit else "not quantized"
-    print(f"base        {args.model}: {total - trainable:,} parameters, {values:,} of them in {len(four_bit)} linears in {form}")
+    print(f"base        {short(args.model)}: {total - trainable:,} parameters, {values:,} of them in {len(four_bit)} linears in {form}")
     settings = f"rank {args.rank}, alpha {args.alpha:g}, dropout {args.dropout:g}"
     print(f"adapter     {trainable:,} parameters: {settings} on {len(layers)} linears")
-    threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
-    print(f"device      {args.device}{threads}, computing in {str(dtype).removeprefix('torch.')}")
+    name = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    way = ["torch's own functions", "fused blocks", "fused blocks, replayed"][sum(uses_fast(args, model.config, device))]
+    print(f"device      {device}, {name}; {str(dtype).removeprefix('torch.')}, {way}")
 
 
 def start_run(output: Path, args: argparse.Namespace, template: Template, answers: list[str]) -> None:
@@ -297,7 +360,7 @@ def start_run(output: Path, args: argparse.Namespace, template: Template, answer
         for name in RUN_FILES:
             (output / name).unlink(missing_ok=True)
     template.save(output)
-    arguments = {name: value for name, value in vars(args).items() if name not in ("output", "resume", "overwrite")}
+    arguments = {name: value for name, value in vars(args).items() if name not in ("output", "resume", "overwrite", "plan", "memory")}
     text = json.dumps({"arguments": arguments, "answers": answers}, indent=2, ensure_ascii=False) + "\n"
     write_atomically(output / RUN_FILE, lambda file: file.write(text.encode()))
 
@@ -321,6 +384,11 @@ def report(output: Path, held_out: dict[str, list[Example]], shown: list[Record]
               f"{first['perplexity']:>11.2f} -> {last['perplexity']:<8.2f}")
 
 
+def short(model: str) -> str:
+    """A hub's name as it is; a directory as it is called from here."""
+    return os.path.relpath(model) if Path(model).is_dir() else model
+
+
 def command(script: str, *arguments: object) -> str:
     """A command line for this directory, to be copied."""
     return shlex.join(["python", os.path.relpath(HERE / script), *map(str, arguments)])
@@ -328,7 +396,8 @@ def command(script: str, *arguments: object) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     try:
-        return run(parse(argv))
+        args = parse(argv)
+        return show_plan(args) if args.plan else run(args)
     except torch.OutOfMemoryError as error:
         print(f"error: {error}\nLess memory: --checkpointing, a smaller --batch-size with a larger --accumulate, a smaller --length, "
               "--optimizer adamw8bit or paged, --adapter-dtype bfloat16.", file=sys.stderr)

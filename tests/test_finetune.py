@@ -1,6 +1,8 @@
 """The main job through its script, on a small random Falcon: what a person sees, what is on disk afterwards, and what is refused."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -139,6 +141,39 @@ def test_every_shape_of_training_runs(start, small_falcon, tmp_path):
     template = write(tmp_path / "template.json", {"user": "<{content}>"})
     status, _, err = start("--template", template, "--held-out", "0.2", records=chat, output=tmp_path / "template")
     assert status == 0 and json.loads((tmp_path / "template" / "prompt_template.json").read_text())["user"] == "<{content}>", err
+
+
+def test_the_command_it_ends_with_gives_the_answer_it_showed(start):
+    spec = importlib.util.spec_from_file_location("ask", SCRIPT.with_name("ask.py"))
+    ask = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(ask)
+    status, out, _ = start("--answer-tokens", "30")
+    assert status == 0
+    shown = re.search(r"  after     (.*(?:\n {12}.*)*)", out)[1]
+    _, _, *argv = shlex.split(out.strip().splitlines()[-1])
+    start_of = len("".join(shown.split()).removesuffix("..."))
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        assert ask.main([*argv, "--device", "cpu"]) == 0
+    assert "".join(said.getvalue().split())[:start_of] == "".join(shown.split()).removesuffix("...")
+
+
+def test_fused_blocks_take_the_steps_of_the_plain_ones(start, tmp_path):
+    status, out, err = start(output=tmp_path / "plain")
+    assert status == 0 and "torch's own functions" in out, err
+    status, out, err = start("--fused", "--no-recorded", output=tmp_path / "fused")
+    assert status == 0 and "fused blocks" in out, err
+    plain, fused = losses(tmp_path / "plain"), losses(tmp_path / "fused")
+    # At dropout 0 they would be equal up to float32; here each draws its own masks, and six steps are not enough to part them far.
+    assert all(abs(plain[step] - fused[step]) < 0.2 for step in plain) and len(fused) == 6
+
+
+def test_a_plan_is_printed_and_nothing_is_done(start, tmp_path):
+    status, out, _ = start("--plan", "--memory", "24GiB", "--device", "cuda")
+    assert status == 0 and "in use on the device" in out and "Fits into 24.00 GiB" in out and not (tmp_path / "run").exists()
+    status, out, _ = start("--plan", "--memory", "1MiB")
+    assert status == 0 and "Does NOT fit" in out
+    status, out, err = start("--memory", "1MiB")
+    assert status == 1 and "--plan says what would fit" in err and not (tmp_path / "run").exists()
 
 
 def test_flags_of_the_base_that_is_named(tmp_path):
