@@ -90,13 +90,13 @@ class GraphedLoss:
         return Replay.apply(self.anchor, self, ids, labels)
 
     def replay(self, ids: Tensor, labels: Tensor) -> Tensor:
-        if ids.shape not in self.recordings:
-            self.recordings[ids.shape] = self.record(ids, labels)
-        graph, static_ids, static_labels, loss = self.recordings[ids.shape]
-        # Where a step has several batches, what the last one left is still wanted.
+        # Where a step has several batches, what the last one left is still wanted, and a recording overwrites it as a replay does.
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             if parameter.grad is gradient:
                 parameter.grad = gradient.clone()
+        if ids.shape not in self.recordings:
+            self.recordings[ids.shape] = self.record(ids, labels)
+        graph, static_ids, static_labels, loss = self.recordings[ids.shape]
         static_ids.copy_(ids)
         static_labels.copy_(labels)
         graph.replay()
