@@ -309,16 +309,18 @@ def left_by_fused_block(config: FalconConfig, flags: Flags) -> tuple[int, int, i
 
 
 def fused_block_at_work(config: FalconConfig, flags: Flags) -> tuple[dict[str, int], int]:
-    """A fused block's backward at its fullest, and the weights that it works with: at the first product, in dropout, or in attention."""
+    """A fused block's backward at its fullest, in dropout or in attention, and the weights that it then works with: the readers'.
+
+    The writer's weight is gone by then. It came first, when norms and products need not be there yet, and is no larger.
+    """
     readers, (hidden, width) = fused_widths(config, flags.rank)
     there = {"gradient of the output": flags.rows(hidden), "norms and x A^T": sum(flags.rows(wide) for _, wide in readers)}
     # One matrix is the gradient of [gelu(up) | mixed values | x A^T] first, and that of [up | query_key_value] then.
     there |= fused_products(config, flags) | {"gradients, one matrix": flags.rows(max(width, sum(rows for rows, _ in readers)))}
-    dropout = {"through A, and dropped": 2 * flags.rows(config.ffn_hidden_size) * (flags.dropout > 0)}
-    weights = sum(rows * wide for rows, wide in readers) * flags.dtype.itemsize
     # A block hands out the gradients of its adapters all at once, at its end; those of down and dense are there before attention's.
     _, dense, _, down = block_linears(config)
     done = own_gradients(replace(flags, accumulate=1), dense, down)
-    moments = ((there, weights + hidden * width * flags.dtype.itemsize), (there | dropout, weights),
-               (there | done | backward_of_attention(config, flags), weights))
-    return max(moments, key=lambda moment: sum(moment[0].values()) + moment[1])
+    moments = ({"through A, and dropped": 2 * flags.rows(config.ffn_hidden_size) * (flags.dropout > 0)},
+               done | backward_of_attention(config, flags))
+    weights = sum(rows * wide for rows, wide in readers) * flags.dtype.itemsize
+    return there | max(moments, key=lambda moment: sum(moment.values())), weights
