@@ -160,9 +160,12 @@ def plan(config: FalconConfig, flags: Flags, context: int = CONTEXT) -> Ledger:
             parts |= {"block at work": sum(block.values()), "weight, dequantized": workspace}
         parts["cuBLAS"] = LIBRARIES * cuda
     if flags.recorded:
-        # A recording keeps its memory, in which nothing else may live, and hands its gradients out as copies.
-        pool = max(moments.values(), key=lambda parts: sum(parts.values()))
-        moments["optimizer's step"] |= {"held by the recording": sum(pool.values()) + gradients - LIBRARIES * cuda}
+        # A recording keeps what one batch needs at its fullest, and nothing else may live there. It copies its gradients to where the
+        # parameters have theirs; from the second batch of a step on their sum lies beside these.
+        one = plan(config, replace(flags, recorded=False, accumulate=1)).moments
+        held = max(sum(one[name].values()) for name in waiting) - LIBRARIES * cuda
+        stays_too = {"gradients": gradients + before, "held by the recording": held, "cuBLAS": LIBRARIES * cuda}
+        moments = {"replay": stays_too, "optimizer's step": moments["optimizer's step"] | stays_too}
     fullest = max(sum(parts.values()) for parts in moments.values())
     return Ledger(config, flags, stays, moments, block, context * cuda, int(SLACK * fullest) * cuda)
 
@@ -281,7 +284,7 @@ def notes(ledger: Ledger) -> dict[str, str]:
         "weight, dequantized": f"in {short(flags.dtype)}{', merged' if flags.fused else ''}",
         "logits and loss": f"{flags.tokens} x {config.vocab_size}" + (", in chunks" if flags.fused else ", three times in float32"),
         "optimizer at work": f"{activations.BUCKET / 1e6:.1f} million parameters at once",
-        "held by the recording": "what its backward needs at its fullest, and its gradients",
+        "held by the recording": "what one batch needs at its fullest",
         "cuBLAS": "its workspace",
     }
 

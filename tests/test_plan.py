@@ -382,6 +382,19 @@ def test_the_parts_add_up_to_the_peak():
         assert abs(sum(numbers[where:-1]) - numbers[-1]) <= 0.0005 * 4
 
 
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_a_recording_adds_one_batch_and_no_second_copy_of_the_gradients(accumulate):
+    flags = Flags(fused=True, batch_size=1, accumulate=accumulate)
+    recorded = plan(PUBLISHED["7b"], replace(flags, recorded=True))
+    one = plan(PUBLISHED["7b"], replace(flags, accumulate=1))
+    # float32; a second batch is added to a copy of the first one's
+    gradients = 4 * sum(planning.adapter_numels(PUBLISHED["7b"], flags))
+    assert recorded.moments[recorded.peak]["gradients"] == gradients * (1 if accumulate == 1 else 2)
+    # adamw has no temporaries: beside the gradients there is what the fullest moment of a batch takes.
+    batch = max(sum(parts.values()) for name, parts in one.moments.items() if name != "optimizer's step")
+    assert recorded.allocated == sum(recorded.resident.values()) + batch + gradients * (1 if accumulate == 1 else 2)
+
+
 def test_columns_are_aligned_and_units_said():
     text = report(plan(PUBLISHED["40b"], Flags()), "falcon-40b", parse_memory("24GiB"))
     rows = [line for line in text.splitlines() if line.startswith(("  weights", "  absmax", "  adapters", "  in use"))]
