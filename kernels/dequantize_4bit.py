@@ -1,6 +1,7 @@
 """Dequantize on a GPU: one launch from packed codes and absmax to bfloat16, float16 or float32.
 
-The definition is `dequantize_4bit` of nf4.py: w_i = code[code_i] * absmax_b, one float32 product, rounded to the dtype.
+The definition is `dequantize_4bit` of nf4.py: w_i = code[code_i] * absmax_b, one float32 product, rounded to the dtype. Read this kernel
+first, after the example in `__init__.py`, and in it the branches without WORDS and STRIDED: they are the whole idea.
 
 **The problem.** Half a byte comes in and two bytes go out for each value: 4 of 5 bytes that move are stores, and the memory is the limit as
 long as a value costs fewer than some 20 instructions. A program takes ROWS blocks as a tile (ROWS, BLOCK). Each thread reads four bytes,
@@ -20,7 +21,7 @@ as compiled):
     2 warps                                               0.075       9     a thread has eight words to wait for, not four
     levels in shared memory                               0.075       8     `tl.gather` in place of a load
     levels in the lanes of a warp (1 warp, 32 blocks)     0.076       7     a shuffle in place of shared memory; no gain, the stores bind
-    and both ends leave the cache first                   0.0740      7     what is written is larger than the cache
+    and both ends leave the cache first (`evict_first`)   0.0740      7     what is written is larger than the cache
     words, 2 warps, 64 blocks                             0.0738      7     94 % of a copy; 1.5 % on 4672 x 4544 (0.0201): this file
     words, 1 warp / 4 warps / 128 blocks                  0.0745             no better
 
@@ -50,12 +51,14 @@ def dequantize_kernel(
     ASM: tl.constexpr,
 ):  # fmt: skip
     """One program: ROWS blocks. absmax2 is None where absmax is not quantized itself."""
+    # 64 bits for where the tile begins, since a weight may have 2^31 values; 32 inside it, which cost less.
     tile = tl.program_id(0).to(tl.int64)
     rows = tl.arange(0, ROWS)                                                                  # (ROWS,)
     values_left = tl.minimum(n - tile * (ROWS * BLOCK), ROWS * BLOCK).to(tl.int32)
     bytes_left = tl.minimum(n_bytes - tile * (ROWS * BLOCK // 2), ROWS * BLOCK // 2).to(tl.int32)
     in_blocks = rows < tl.minimum(n_blocks - tile * ROWS, ROWS).to(tl.int32)
     scale = tl.load(absmax + tile * ROWS + rows, mask=in_blocks, other=0)                      # (ROWS,)
+    # An `if` on None or on a constexpr is decided when compiling: the other branch does not exist.
     if absmax2 is not None:
         scale = decode_absmax(scale, (tile * ROWS + rows) // BLOCK2, absmax2, offset, code2, in_blocks, ASM)
 
@@ -73,6 +76,7 @@ def dequantize_kernel(
         codes = tl.interleave(byte >> 4, byte & 15)                                            # (ROWS, BLOCK)
     codes = tl.reshape(codes, [ROWS * BLOCK])
     levels = tl.load(code + tl.arange(0, 16))                                                  # (16,)
+    # gather(levels, codes, 0) is levels[codes]; `multiply` is a * b.
     values = multiply(tl.reshape(tl.gather(levels, codes, 0), [ROWS, BLOCK]), scale[:, None], ASM)
 
     inside = rows[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]                              # (ROWS, BLOCK)

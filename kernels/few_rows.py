@@ -1,13 +1,8 @@
-"""x · W^T and dY · W for few rows, with the 4-bit weight decoded inside the product. Plain Triton: start reading kernels here.
+"""x · W^T and dY · W for few rows, with the 4-bit weight decoded inside the product, in plain Triton.
 
 **The problem.** A product of a few rows with a large weight is a matter of bytes: every weight is read once and used once a row.
 Dequantizing first writes 2 bytes a weight and reads them again, 4.5 bytes moved where the packed weight has 0.5. Decoded inside
 the product, the packed bytes are all that moves.
-
-**Triton in one paragraph.** A kernel is written for one *program*, and launched as a grid of them; each asks `tl.program_id` which
-part of the work is its own. Values are small tensors ("tiles") that live in the registers of the threads which share the
-program. `tl.load(pointer + offsets, mask)` reads one number for each offset: a tile of offsets gives a tile of values. So the
-pointer arithmetic is written out: value (n, k) of a row-major matrix lies at n * row_length + k.
 
 **The tile of one program.** BLOCK_N rows of W times BLOCK_K columns, again and again along k; BLOCK_M rows of x.
 
@@ -54,7 +49,10 @@ from minqlora.kernels.pair_table import lookup_four, make_table
 
 @triton.jit
 def load_absmax(absmax, index, mask, absmax2, offset, code2, BLOCKSIZE2: tl.constexpr):
-    """The absmax of the blocks in `index`."""
+    """The absmax of the blocks in `index`.
+
+    Not `decode_absmax` of double_quant.py, which rounds twice as bitsandbytes does: a product has no bytes to agree with, and fuses.
+    """
     if absmax2 is None:
         size = tl.load(absmax + index, mask=mask, other=0.0)
     else:

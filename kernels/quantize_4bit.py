@@ -1,9 +1,9 @@
 """Quantize to 4 bits on a GPU: one launch reads the weight once and writes absmax and codes.
 
-The definition is `quantize_4bit` of nf4.py; this is the same function in Triton, and the best of the files here to read first.
+The definition is `quantize_4bit` of nf4.py; this is the same function in Triton.
 
-**The problem.** The weight is n values in a row, cut into blocks of `blocksize`. A *program* (Triton's unit of work; thousands run at
-once) takes ROWS whole blocks as a tile (ROWS, BLOCK). With `first` its first value, element (r, c) of its tile stands at
+**The problem.** The weight is n values in a row, cut into blocks of `blocksize`. A program takes ROWS whole blocks as a tile (ROWS, BLOCK).
+With `first` its first value, element (r, c) of its tile stands at
 
     weight + first + r * BLOCK + c                 the codes of (r, 2j) and (r, 2j + 1) go to byte packed + first / 2 + r * BLOCK / 2 + j
 
@@ -34,7 +34,7 @@ holds more than one midpoint. For NF4, 31 bins of width 1/15 are enough:
 
 The bin costs one instruction: a fused multiply-add that rounds *up*, 15 v + (1.5 * 2^23 + 15). Floats of that size are whole numbers,
 so the addition does the ceiling, and the bin's number stands in the low bits of the result. The two tables have 32 entries,
-one for each lane of a warp (32 threads in lockstep): with one warp a program, `tl.gather` is a shuffle between lanes, and no
+one for each lane of a warp: with one warp a program, `tl.gather` is a shuffle between lanes, and no
 memory is touched. `bins` derives the tables from the code, so any code of 16 levels works; one with midpoints closer
 together gets more bins, and reads its tables from memory.
 
