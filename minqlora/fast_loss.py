@@ -65,7 +65,8 @@ class GraphedLoss:
     """fused_loss for a model in training on a GPU, replayed from a recording a shape. Batches above `most_tokens` are computed as usual.
 
     Where a batch is that large the GPU is busy long enough for the host to keep ahead, and a recording would only hold on to memory.
-    `blocks` is what `fuse(model)` returned.
+    `blocks` is what `fuse(model)` returned. A loss is walked back, and once, before the next is computed: all leave their gradients in
+    one place.
     """
 
     def __init__(self, model: Falcon, blocks: list[FusedBlock], most_tokens: int = 4096):
