@@ -10,10 +10,14 @@ another place for it. With `--model` and no adapter the base itself answers.
 """
 
 import argparse
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+# A CPU's threads sleep while they wait for each other: spinning is slow where another program wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 from tokenizers import Tokenizer

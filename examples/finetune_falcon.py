@@ -31,6 +31,10 @@ import textwrap
 import time
 from pathlib import Path
 
+# A CPU's threads sleep while they wait for each other. That costs 4 % where nothing else runs; spinning costs half the speed where
+# another program wants a core.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer
@@ -112,7 +116,8 @@ def parser() -> argparse.ArgumentParser:
     flag("--checkpointing", action=YES_NO, help="recompute activations: less memory, a third more time")
     flag("--fused", action=YES_NO, help="train by the fused blocks of fast.py; on a GPU, where they know the model, the default")
     flag("--keep-bytes", type=size, default=0, metavar="SIZE", help="memory for what the fused blocks need not compute again, as 8GiB")
-    flag("--recorded", action=YES_NO, help="replay fused steps of up to 4096 tokens as CUDA graphs; on a GPU the default")
+    flag("--recorded", action=YES_NO, default=False,
+         help="replay fused steps of up to 4096 tokens as CUDA graphs: faster where the batch is small")
     flag("--seed", type=int, default=0, help="of adapters, order and dropout")
 
     flag = parser.add_argument_group("run").add_argument
@@ -202,11 +207,10 @@ def adapt(model: Falcon, args: argparse.Namespace) -> None:
 
 
 def uses_fast(args: argparse.Namespace, config: FalconConfig, device: torch.device) -> tuple[bool, bool]:
-    """(blocks of fast.py, replayed as CUDA graphs): as the flags say, else on a GPU wherever they can."""
+    """(blocks of fast.py, replayed as CUDA graphs): fused as the flag says, else on a GPU wherever they can; replayed where asked."""
     can = config.parallel_attn and not config.bias and not config.hidden_dropout and args.targets == ["all"]
     fused = args.fused if args.fused is not None else device.type == "cuda" and can
-    recorded = args.recorded if args.recorded is not None else device.type == "cuda"
-    return fused, fused and recorded and not args.packing and args.batch_size * args.length <= 4096
+    return fused, fused and args.recorded and not args.packing and args.batch_size * args.length <= 4096
 
 
 def memory_flags(args: argparse.Namespace, config: FalconConfig, device: torch.device) -> Flags:
