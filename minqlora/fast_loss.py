@@ -119,19 +119,22 @@ class GraphedLoss:
                 torch._foreach_copy_(self.gradients, torch.autograd.grad(loss, stand_ins))
             return loss.detach()
 
-        # Twice on a stream of its own, so that everything that happens once (compilation, workspaces) has happened.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            step()
-            step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            loss = step()
-        self.pool = graph.pool()
-        for block, adapters in zip(self.blocks, own, strict=True):
-            block.adapters = adapters
+        try:
+            # Twice on a stream of its own, so that everything that happens once (compilation, workspaces) has happened.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step()
+                step()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                loss = step()
+            self.pool = graph.pool()
+        finally:
+            # Also where recording fails: who goes on without it must not train the stand-ins.
+            for block, adapters in zip(self.blocks, own, strict=True):
+                block.adapters = adapters
         return graph, ids, labels, loss
 
 
