@@ -29,6 +29,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -300,6 +301,7 @@ class Display:
     def __init__(self, path: Path, config: TrainConfig, state: dict, device: torch.device, show: bool):
         self.config, self.state, self.device = config, state, device
         self.file = open(path, "a", encoding="utf-8")              # noqa: SIM115 (closed in __exit__)
+        self.recent = deque(maxlen=20)                             # losses; what the bar shows is their mean
         self.pending = []                                          # (step, tokens) and (loss, norm) on the device
         self.before = state["seconds"], state["tokens"]
         # In a log file a bar is a line each time: there, one every ten seconds.
@@ -329,10 +331,11 @@ class Display:
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise FloatingPointError(f"step {step}: the loss is {loss} and the gradient's norm {norm}, at lr {lr:.3g}. "
                                          "A lower lr or a warmup usually helps; nothing was saved after the last checkpoint")
+            self.recent.append(loss)
             self.write({"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": tokens, "seconds": self.state["seconds"]})
         seconds, tokens = self.state["seconds"] - self.before[0], self.state["tokens"] - self.before[1]
         memory = peak_memory(self.device)
-        self.bar.set_postfix_str(f"loss {values[-1][0]:.3f}, {tokens / seconds:,.0f} tokens/s, "
+        self.bar.set_postfix_str(f"loss {sum(self.recent) / len(self.recent):.3f}, {tokens / seconds:,.0f} tokens/s, "
                                  f"peak {memory / 2**20:,.0f} MiB", refresh=False)
         self.bar.update(len(self.pending))
         self.pending = []
