@@ -213,11 +213,14 @@ def advise(config: FalconConfig, flags: Flags, memory: int, context: int = CONTE
     def with_fields_of(some: Flags, other: Flags, names: tuple[str, ...]) -> Flags:
         return replace(some, **{name: getattr(other, name) for name in names})
 
-    last = flags
-    for _, measure in MEASURES:
-        # A measure may also cost memory: without the fused loss, a large batch takes more.
-        while total(last) > memory and (changed := measure(last)) and total(changed) < total(last):
-            last = changed
+    last, before = flags, None
+    # Round after round: a shorter length, say, can make a measure pay that did not in the round before.
+    while last != before:
+        before = last
+        for _, measure in MEASURES:
+            # A measure may also cost memory: without the fused loss, a large batch takes more.
+            while total(last) > memory and (changed := measure(last)) and total(changed) < total(last):
+                last = changed
     # What a later measure made unnecessary is given back, the dearest first.
     for names, _ in reversed(MEASURES):
         if names == ("optimizer",) and last.adapter_dtype != torch.float32:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -405,12 +405,12 @@ def test_columns_are_aligned_and_units_said():
     assert abs(gb - gib * 1.073741824) < 0.002
 
 
-@pytest.mark.skip(reason="known wrong for 7b, 1 x 2048, fused: the advice asks for more than it must")
 @given(
     name=st.sampled_from(["7b", "40b", "rw-1b"]), batch=st.sampled_from([1, 2, 6, 16]), length=st.sampled_from([128, 512, 2048]),
     rank=st.sampled_from([8, 64]), optimizer=st.sampled_from(optim.OPTIMIZERS), checkpointing=st.booleans(), fused=st.booleans(),
     memory=st.integers(1, 80),
 )  # fmt: skip
+@example("7b", 1, 2048, 8, "adamw", False, True, 1)    # a shorter length makes it pay to give up the fused blocks, an earlier measure
 @settings(max_examples=40, deadline=None)
 def test_advice_fits_and_asks_for_no_more_than_it_must(name, batch, length, rank, optimizer, checkpointing, fused, memory):
     config, memory, fused = PUBLISHED[name], memory * 2**30, fused and name != "rw-1b"
