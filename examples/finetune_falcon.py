@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--fused", action=YES_NO, help="train by the fused blocks of fast.py; on a GPU, where they know the model, the default")
     flag("--keep-bytes", type=size, default=0, metavar="SIZE", help="memory for what the fused blocks need not compute again, as 8GiB")
     flag("--recorded", action=YES_NO, default=False,
-         help="replay fused steps of up to 4096 tokens as CUDA graphs: faster where the batch is small")
+         help="replay fused steps of up to 4096 tokens as CUDA graphs; experimental: not yet measured on a GPU")
     flag("--seed", type=int, default=0, help="of adapters, order and dropout")
 
     flag = parser.add_argument_group("run").add_argument
