@@ -78,7 +78,7 @@ def lookup(codes, levels, table, TABLE: tl.constexpr):
 def product_kernel(
     x, packed, absmax, code, absmax2, offset, code2, bias, lora_xa, lora_B, scale, out,
     rows, out_features, in_features, stride_x, rank, steps_a_split,
-    BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, RANK: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, TABLE: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, BLOCK_R: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, TABLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out[split, m, n] = sum over the split's k of code[W[n, k]] * absmax[block of (n, k)] * x[m, k]"""
@@ -123,10 +123,11 @@ def product_kernel(
         if bias is not None:
             acc += tl.load(bias + n, mask=n_ok, other=0.0).to(tl.float32)[:, None]
         if lora_xa is not None:
-            r = tl.arange(0, RANK)
-            b = tl.load(lora_B + n[:, None] * rank + r[None, :], mask=n_ok[:, None] & (r < rank)[None, :], other=0.0)
-            xa = tl.load(lora_xa + m[None, :] * rank + r[:, None], mask=(r < rank)[:, None] & m_ok[None, :], other=0.0)
-            acc += scale * tl.dot(b.to(dtype), xa.to(dtype), input_precision="ieee")
+            for start_r in tl.range(0, rank, BLOCK_R, num_stages=1):
+                r = start_r + tl.arange(0, BLOCK_R)
+                b = tl.load(lora_B + n[:, None] * rank + r[None, :], mask=n_ok[:, None] & (r < rank)[None, :], other=0.0)
+                xa = tl.load(lora_xa + m[None, :] * rank + r[:, None], mask=(r < rank)[:, None] & m_ok[None, :], other=0.0)
+                acc += scale * tl.dot(b.to(dtype), xa.to(dtype), input_precision="ieee")
     place = (split * rows + m).to(tl.int64)[None, :] * out_features + n[:, None]
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=n_ok[:, None] & m_ok[None, :])
 
@@ -202,8 +203,8 @@ def sum_kernel(partial, out, size, splits, BLOCK: tl.constexpr, OVERLAP: tl.cons
     tl.store(out + i, acc.to(out.dtype.element_ty), mask=i < size)
 
 
-# A program's tile: rows of x (16 is the least that tensor cores take), rows of W, and columns, which never cross two blocks of 64.
-BLOCK_M, BLOCK_N, BLOCK_K = 16, 64, 64
+# A program's tile: rows of x (16 is the least that tensor cores take), rows of W, columns, which never cross two blocks of 64, and ranks.
+BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R = 16, 64, 64, 32
 
 
 def product(x: Tensor, packed, absmax, code, out_features: int, blocksize: int, nested, bias, lora_xa, lora_B, scale, splits=None):
@@ -212,14 +213,15 @@ def product(x: Tensor, packed, absmax, code, out_features: int, blocksize: int, 
     absmax2, offset, code2, blocksize2 = nested or (None, None, None, 1)
     rank = 0 if lora_B is None else lora_B.shape[1]
     block_k = min(blocksize, BLOCK_K)
+    whole = in_features % block_k == 0
     tiles, steps = triton.cdiv(out_features, BLOCK_N), triton.cdiv(in_features, block_k)
     splits, steps_a_split = split_evenly(steps, splits or wanted_splits(x, tiles, steps))
     out = torch.empty(splits, rows, out_features, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     product_kernel[(tiles, splits)](
         x, packed, absmax, code, absmax2, offset, code2, bias, lora_xa, lora_B, scale, out,
         rows, out_features, in_features, x.stride(0), rank, steps_a_split,
-        BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, RANK=max(16, triton.next_power_of_2(rank)),
-        WHOLE_BLOCKS=in_features % block_k == 0, TABLE=has_table(x), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k,
+        BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, WHOLE_BLOCKS=whole, TABLE=has_table(x),
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k, BLOCK_R=BLOCK_R, num_stages=stages(whole),
     )  # fmt: skip
     return sum_splits(out, x.dtype)
 
@@ -229,16 +231,26 @@ def grad(dy: Tensor, packed, absmax, code, in_features: int, blocksize: int, nes
     rows, out_features = dy.shape
     absmax2, offset, code2, blocksize2 = nested or (None, None, None, 1)
     block_k = min(blocksize, BLOCK_K)
+    whole = in_features % block_k == 0
     tiles, steps = triton.cdiv(in_features, block_k), triton.cdiv(out_features, BLOCK_N)
     splits, steps_a_split = split_evenly(steps, splits or wanted_splits(dy, tiles, steps))
     out = torch.empty(splits, rows, in_features, dtype=dy.dtype if splits == 1 else torch.float32, device=dy.device)
     grad_kernel[(tiles, splits)](
         dy, packed, absmax, code, absmax2, offset, code2, out,
         rows, out_features, in_features, dy.stride(0), steps_a_split,
-        BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, WHOLE_BLOCKS=in_features % block_k == 0, TABLE=has_table(dy),
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k,
+        BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, WHOLE_BLOCKS=whole, TABLE=has_table(dy),
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k, num_stages=stages(whole),
     )  # fmt: skip
     return sum_splits(out, dy.dtype)
+
+
+def stages(whole_blocks: bool) -> int:
+    """How many steps ahead Triton may load.
+
+    A program has 48 KiB of shared memory without asking for more, the pair table takes 32, and Triton, which does not know of it, does not
+    ask. Where the weight is scaled before the product, tiles loaded ahead would take 38; after it, Triton loads none ahead.
+    """
+    return 3 if whole_blocks else 1
 
 
 def has_table(x: Tensor) -> bool:

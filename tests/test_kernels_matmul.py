@@ -217,6 +217,22 @@ def test_the_gluon_kernels_are_as_near_to_float64(shape, dtype, nested):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("in_features", [32, 90, 256])                 # ragged or not, and too few columns for the Gluon kernels or not
+@pytest.mark.parametrize("rank", [3, 256])
+def test_the_pair_table_leaves_room_for_everything_else(dtype, in_features, rank):
+    w = Weight(70, in_features)
+    x, xa = random(3, in_features, dtype=dtype), random(3, rank, dtype=dtype, seed=3)
+    lora_B = random(70, rank, dtype=dtype, seed=4)
+    y = few_rows.product(x, w.packed, w.absmax, w.code, 70, 64, w.nested, None, xa, lora_B, 0.5)
+    a, b = torch.cat([x.double(), 0.5 * xa.double()], 1), torch.cat([w.exact.T, lora_B.double().T])
+    assert ((y.double() - a @ b).abs() <= bound(a, b, dtype)).all()
+    dy = random(3, 70, dtype=dtype, seed=5)
+    dx = few_rows.grad(dy, w.packed, w.absmax, w.code, in_features, 64, w.nested)
+    assert ((dx.double() - dy.double() @ w.exact).abs() <= bound(dy, w.exact, dtype)).all()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("rows", [1, 8, 16, 17, 128])
 @pytest.mark.parametrize("rank", [3, 64, 200])
 def test_the_gluon_kernels_add_bias_and_lora(rows, rank):
