@@ -172,12 +172,33 @@ class Product:
         else:
             columns.addmm_(self.inner(wide, i), linear.lora_A.to(wide.dtype))
 
-    def adapter_gradients(self, i: int, x: Tensor, xa: Tensor, inner: Tensor, grad: Tensor, seed: Tensor) -> list[Tensor]:
-        """Of lora_A and lora_B of linear i, whose input was x (M, in_features), with xa = x A^T, and the output's gradient is grad."""
-        linear = self.linears[i]
-        grad_A = inner.T @ dropped(x, linear, seed)
-        grad_B = (grad.T @ xa) * linear.scale
-        return [grad_A.to(linear.lora_A.dtype), grad_B.to(linear.lora_B.dtype)]
+    def add_lora_gradients_(self, wide: Tensor, seeds: Tensor) -> None:
+        """The same for all linears, which share their input: one pass over it where nothing is dropped."""
+        if any(map(drops, self.linears)):
+            for i, seed in enumerate(seeds):
+                self.add_lora_gradient_(wide, i, seed)
+        else:
+            wide[:, : self.width].addmm_(wide[:, self.width :], self.stacked_A(wide.dtype))
+
+    def adapter_gradients(self, inputs: list[Tensor], xa: Tensor, wide: Tensor, grads: list[Tensor], seeds: Tensor) -> list[Tensor]:
+        """Of lora_A and lora_B of each linear in turn.
+
+        inputs (M, in_features) and grads, the outputs' gradients (M, out_features), are one for each linear, the same tensor where it is
+        shared; xa (M, sum of ranks) is x A^T of each; wide the gradient of the widened input. What is shared is read once.
+        """
+        ranks = [part.stop - part.start for part in self.spare]
+        if self.share_input and not any(map(drops, self.linears)):
+            grads_A = (wide[:, self.width :].T @ inputs[0]).split(ranks)
+        else:
+            grads_A = [self.inner(wide, i).T @ dropped(x, linear, seed)
+                       for i, (x, linear, seed) in enumerate(zip(inputs, self.linears, seeds, strict=True))]
+        if self.share_input:
+            grads_B = [grad.T @ some for grad, some in zip(grads, xa.split(ranks, dim=1), strict=True)]
+        else:
+            grads_B = (grads[0].T @ xa).split(ranks, dim=1)
+        return [gradient.to(matrix.dtype, memory_format=torch.contiguous_format)
+                for linear, grad_A, grad_B in zip(self.linears, grads_A, grads_B, strict=True)
+                for gradient, matrix in ((grad_A, linear.lora_A), (grad_B * linear.scale, linear.lora_B))]
 
 
 def slices(sizes: list[int], start: int = 0) -> list[slice]:
@@ -282,10 +303,7 @@ class FusedForward(torch.autograd.Function):
             gelu_backward_(up, wide[:, first], writer.inner(wide, 0), writer.linears[0].lora_A.to(x.dtype))
         g = up                                                       # what gelu_backward_ left in its place
         writer.add_lora_gradient_(wide, 1, seeds[3])
-        xas = written.split([part.stop - part.start for part in writer.spare], dim=1)
-        written_adapters = []
-        for i, inp in enumerate((g, mixed.detach().flatten(0, 1))):
-            written_adapters += writer.adapter_gradients(i, inp, xas[i], writer.inner(wide, i), grad, seeds[2 + i])
+        written_adapters = writer.adapter_gradients([g, mixed.detach().flatten(0, 1)], written, wide, [grad, grad], seeds[2:])
         (change,) = torch.autograd.grad(mixed, qkv, wide[:, second].unflatten(0, ctx.shape))
         matrix[:, up_rows:rows] = change.flatten(0, 1)
         ctx.kept = up = g = qkv = mixed = change = None              # their memory is wanted below
@@ -298,13 +316,11 @@ class FusedForward(torch.autograd.Function):
             start = 0 if ctx.needs_input_grad[0] else product.width
             wide = x.new_empty(len(x), product.full_width)
             torch.mm(grad_y, weight[:, start:], out=wide[:, start:])
-            for i, (columns, spare_columns, places) in enumerate(zip(product.columns, product.spare, product.places, strict=True)):
-                read_adapters += product.adapter_gradients(
-                    i, h[:, columns], h[:, spare_columns], product.inner(wide, i), grad_y[:, places], seeds[some][i]
-                )
+            read = [h[:, : product.width]] * len(product.linears)
+            grads = [grad_y[:, places] for places in product.places]
+            read_adapters += product.adapter_gradients(read, h[:, product.width :], wide, grads, seeds[some])
             if start == 0:
-                for i in range(len(product.linears)):
-                    product.add_lora_gradient_(wide, i, seeds[some][i])
+                product.add_lora_gradients_(wide, seeds[some])
                 grad_x = norm_backward(x, norm, wide[:, : product.width], grad_x)
         return grad_x if ctx.needs_input_grad[0] else None, None, None, None, None, *read_adapters, *written_adapters
 
