@@ -33,8 +33,8 @@ def phi(u):
 
 @triton.jit
 def forward_kernel(u, out, n, u_stride, out_stride, BLOCK: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(u + row * u_stride + columns, mask=columns < n).to(tl.float32)
     tl.store(out + row * out_stride + columns, (values * phi(values)).to(out.dtype.element_ty), mask=columns < n)
 
@@ -44,8 +44,8 @@ def backward_kernel(
     u, grad, inner, A, m, n, u_stride, grad_stride, inner_stride, A_stride,
     RANK: tl.constexpr, RANK_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)                  # (BLOCK_M,)
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)                            # (BLOCK_N,)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)                  # (BLOCK_M,)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)                            # (BLOCK_N,)
     inside = (rows < m)[:, None] & (columns < n)[None, :]
     u += rows[:, None] * u_stride + columns[None, :]
     grad += rows[:, None] * grad_stride + columns[None, :]
@@ -69,7 +69,7 @@ def gelu_into(u: Tensor, out: Tensor) -> None:
     block = 2048
     if m:
         with torch.cuda.device_of(u):
-            forward_kernel[triton.cdiv(n, block), m](u, out, n, u.stride(0), out.stride(0), BLOCK=block, num_warps=4)
+            forward_kernel[m, triton.cdiv(n, block)](u, out, n, u.stride(0), out.stride(0), BLOCK=block, num_warps=4)
 
 
 def gelu_backward_(u: Tensor, grad: Tensor, inner: Tensor | None = None, A: Tensor | None = None) -> None:
@@ -78,10 +78,10 @@ def gelu_backward_(u: Tensor, grad: Tensor, inner: Tensor | None = None, A: Tens
     assert grad.shape == u.shape and u.stride(1) == grad.stride(1) == 1
     rank = 0 if A is None else A.shape[0]
     assert A is None or (A.stride(1) == inner.stride(1) == 1 and inner.shape == (m, rank) and A.shape == (rank, n))
-    block_m, block_n = 64, 128
+    block_m, block_n = 16, 128
     if m:
         with torch.cuda.device_of(u):
-            backward_kernel[triton.cdiv(n, block_n), triton.cdiv(m, block_m)](
+            backward_kernel[triton.cdiv(m, block_m), triton.cdiv(n, block_n)](
                 u, grad, inner, A, m, n, u.stride(0), grad.stride(0), 0 if A is None else inner.stride(0), 0 if A is None else A.stride(0),
-                RANK=rank, RANK_PADDED=max(16, triton.next_power_of_2(rank)), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=8,
+                RANK=rank, RANK_PADDED=max(16, triton.next_power_of_2(rank)), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
             )  # fmt: skip

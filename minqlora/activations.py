@@ -316,11 +316,15 @@ def fused_block_at_work(config: FalconConfig, flags: Flags) -> tuple[dict[str, i
     readers, (hidden, width) = fused_widths(config, flags.rank)
     there = {"gradient of the output": flags.rows(hidden), "norms and x A^T": sum(flags.rows(wide) for _, wide in readers)}
     # One matrix is the gradient of [gelu(up) | mixed values | x A^T] first, and that of [up | query_key_value] then.
-    there |= fused_products(config, flags) | {"gradients, one matrix": flags.rows(max(width, sum(rows for rows, _ in readers)))}
+    there |= {"gradients, one matrix": flags.rows(max(width, sum(rows for rows, _ in readers)))}
+    products = fused_products(config, flags)
+    # When attention's backward comes, `up` is let go; but where it shares a matrix with what attention read, that is held.
+    qkv, dense, up, down = block_linears(config)
+    copied = flags.device != "cpu" and 1 < config.num_kv_heads < config.num_attention_heads
+    held = 0 if copied else qkv.out_features + up.out_features * (config.num_ln_in_parallel_attn == 1)
     # A block hands out the gradients of its adapters all at once, at its end; those of down and dense are there before attention's.
-    _, dense, _, down = block_linears(config)
     done = own_gradients(replace(flags, accumulate=1), dense, down)
-    moments = ({"through A, and dropped": 2 * flags.rows(config.ffn_hidden_size) * (flags.dropout > 0)},
-               done | backward_of_attention(config, flags))
+    moments = (products | {"through A, and dropped": 2 * flags.rows(config.ffn_hidden_size) * (flags.dropout > 0)},
+               products | {"up and query_key_value": flags.rows(held)} | done | backward_of_attention(config, flags))
     weights = sum(rows * wide for rows, wide in readers) * flags.dtype.itemsize
     return there | max(moments, key=lambda moment: sum(moment.values())), weights

@@ -252,13 +252,13 @@ class FalconAttention(nn.Module):
         if context.cache is not None:
             stored = context.cache.append(self.layer, context.slots, key, value)         # (batch, kv_heads, length, head_dim)
             key, value = stored if context.past else (key, value)
-        key, value = self._for_every_head(key), self._for_every_head(value)              # (batch, heads, length, head_dim)
+        key, value = self.for_every_head(key), self.for_every_head(value)              # (batch, heads, length, head_dim)
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=context.mask, is_causal=context.mask is None, dropout_p=self.dropout if self.training else 0.0
         )
         return mixed.transpose(1, 2).flatten(2)                                          # (batch, tokens, hidden_size)
 
-    def _for_every_head(self, x: Tensor) -> Tensor:
+    def for_every_head(self, x: Tensor) -> Tensor:
         # A view for multi-query, no copy. `enable_gqa=True` would say the same, but rules out the fused kernels that take a mask.
         return x[:, :, None].expand(-1, -1, self.group, -1, -1).flatten(1, 2)
 

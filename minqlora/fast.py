@@ -28,7 +28,8 @@ blocks keep their products and their attention too, and recompute norm and GELU 
 The backward works in as few matrices as it can: GELU's overwrites up by g and dg by d up, and d qkv lands beside d up, where the next
 product wants it. A block can therefore be walked back once, not twice (no `retain_graph`).
 
-On a CPU every step is PyTorch's own function; on a GPU norm and GELU are `kernels/layer_norm.py` and `kernels/gelu.py`.
+On a CPU every step is PyTorch's own function; on a GPU what stands between the products is in `kernels/`: norm, GELU, rotary positions and
+dropout. Nothing is left to torch.compile, which would compile anew for each shape that a batch has.
 """
 
 import functools
@@ -86,32 +87,55 @@ def gelu_backward_(u: Tensor, grad: Tensor, inner: Tensor | None, A: Tensor | No
     u.copy_(g.detach())
 
 
-def compiled(function):
-    """Element-wise work in one pass over memory on a GPU. On a CPU the function runs as it is written."""
-    fused = torch.compile(function)
-
-    @functools.wraps(function)
-    def call(first, *rest):
-        return (fused if first.is_cuda else function)(first, *rest)
-
-    return call
-
-
-@compiled
-def mix(qkv: Tensor, attention: FalconAttention, context: Context) -> Tensor:
-    return attention.mix(qkv, context)
-
-
-@compiled
 def drop(x: Tensor, probability: float, seed: Tensor) -> Tensor:
-    """Dropout that a backward can repeat: element i is kept or not by a hash of seed + i, so that no mask is stored."""
-    bits = torch.arange(x.numel(), device=x.device).view(x.shape) + seed
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):       # the finalizer of MurmurHash3, in 64-bit integers
-        bits = bits & 0xFFFFFFFF
-        bits = (bits ^ (bits >> shift)) * factor
-    bits = bits & 0xFFFFFFFF
-    kept = (bits ^ (bits >> 16)) >= probability * 2**32
-    return torch.where(kept, x / (1 - probability), 0.0).to(x.dtype)
+    """Dropout that a backward can repeat: the seed () decides what is kept, so that no mask is stored. x is (M, N)."""
+    if x.is_cuda:
+        from minqlora.kernels.dropout import drop as kernel
+
+        return kernel(x, probability, seed)
+    chance = torch.rand(x.shape, generator=torch.Generator().manual_seed(seed.item()))
+    return torch.where(chance >= probability, x / (1 - probability), 0.0).to(x.dtype)
+
+
+class Attended:
+    """Attention between the products, forward and backward: qkv (M, rows of query_key_value), a row a token -> mixed (M, hidden_size)."""
+
+    def __init__(self, attention: FalconAttention, qkv: Tensor, shape: torch.Size, context: Context, keep: bool):
+        self.attention, self.shape, self.context = attention, shape, context
+        if qkv.is_cuda:
+            from minqlora.kernels.rotary import turn
+
+            query, key = turn(qkv, context.rotary, attention.kv_heads, attention.head_dim)
+            value = qkv.unflatten(-1, (attention.kv_heads, -1, attention.head_dim))[:, :, -1]     # (M, kv_heads, head_dim), a view
+            # (batch, heads or kv_heads, tokens, head_dim); keys and values then for every head.
+            query, key, value = (x.unflatten(0, shape).transpose(1, 2) for x in (query, key, value))
+            read = query, attention.for_every_head(key), attention.for_every_head(value)
+        else:
+            read = (qkv.unflatten(0, shape),)
+        with torch.set_grad_enabled(keep):
+            # What is read starts a graph of its own. Not detach: it would share the counter by which autograd knows that a tensor was
+            # overwritten, and `up`, in the same matrix, will be.
+            self.read = [x.data.requires_grad_() for x in read]
+            if qkv.is_cuda:
+                mixed = F.scaled_dot_product_attention(*self.read, attn_mask=context.mask, is_causal=context.mask is None)
+                self.mixed = mixed.transpose(1, 2)                   # (batch, tokens, heads, head_dim)
+            else:
+                self.mixed = attention.mix(*self.read, context)      # (batch, tokens, hidden_size)
+
+    @property
+    def output(self) -> Tensor:
+        return self.mixed.detach().flatten(0, 1).flatten(1)
+
+    def backward_into(self, grad: Tensor, out: Tensor) -> None:
+        """The gradient of qkv into out, columns of a wider matrix, from that of the output. Once."""
+        changes = torch.autograd.grad(self.mixed, self.read, grad.unflatten(0, self.shape).view(self.mixed.shape))
+        self.mixed = self.read = None
+        if out.is_cuda:
+            from minqlora.kernels.rotary import turn_back
+
+            turn_back(*changes, self.context.rotary, self.attention.kv_heads, out)
+        else:
+            out.copy_(changes[0].flatten(0, 1))
 
 
 def dropped(x: Tensor, linear: LoRALinear, seed: Tensor) -> Tensor:
@@ -257,17 +281,15 @@ class FusedForward(torch.autograd.Function):
         for h, product, some in zip(inputs, block.readers, block.seeds, strict=True):
             product.add_lora_columns(h, seeds[some])
         up, qkv = block.read(inputs, [product.weight(x) for product in block.readers])
-        with torch.set_grad_enabled(keep):
-            qkv = leaf(qkv, shape)
-            mixed = mix(qkv, block.attention, context)               # (batch, tokens, hidden_size)
+        attended = Attended(block.attention, qkv, shape, context, keep)
         g = x.new_empty(len(x), writer.full_width)
         gelu_into(up, g[:, writer.columns[0]])
-        g[:, writer.columns[1]] = mixed.detach().flatten(0, 1)
+        g[:, writer.columns[1]] = attended.output
         writer.add_lora_columns(g, seeds[2:])
         out = torch.addmm(x, g, writer.weight(x).T)
 
         ctx.block, ctx.context, ctx.shape = block, context, shape
-        ctx.kept = (up, qkv, mixed) if keep else None
+        ctx.kept = (up, attended) if keep else None
         # Copies of the spare columns: a view would keep all of the matrix it looks at.
         spare = [h[:, product.width :].clone() for h, product in zip(inputs, block.readers, strict=True)]
         ctx.save_for_backward(x, seeds, g[:, writer.width :].clone(), *spare)
@@ -288,12 +310,10 @@ class FusedForward(torch.autograd.Function):
             h[:, product.width :] = filled
         weights = [product.weight(x) for product in readers]
         if ctx.kept is not None:
-            up, qkv, mixed = ctx.kept
+            up, attended = ctx.kept
         else:
             up, qkv = block.read(inputs, weights)
-            with torch.enable_grad():
-                qkv = leaf(qkv, ctx.shape)
-                mixed = mix(qkv, block.attention, ctx.context)
+            attended = Attended(block.attention, qkv, ctx.shape, ctx.context, keep=True)
 
         first, second = writer.columns
         if drops(writer.linears[0]):
@@ -303,10 +323,9 @@ class FusedForward(torch.autograd.Function):
             gelu_backward_(up, wide[:, first], writer.inner(wide, 0), writer.linears[0].lora_A.to(x.dtype))
         g = up                                                       # what gelu_backward_ left in its place
         writer.add_lora_gradient_(wide, 1, seeds[3])
-        written_adapters = writer.adapter_gradients([g, mixed.detach().flatten(0, 1)], written, wide, [grad, grad], seeds[2:])
-        (change,) = torch.autograd.grad(mixed, qkv, wide[:, second].unflatten(0, ctx.shape))
-        matrix[:, up_rows:rows] = change.flatten(0, 1)
-        ctx.kept = up = g = qkv = mixed = change = None              # their memory is wanted below
+        written_adapters = writer.adapter_gradients([g, attended.output], written, wide, [grad, grad], seeds[2:])
+        ctx.kept = up = g = qkv = None                               # their memory is wanted below
+        attended.backward_into(wide[:, second], matrix[:, up_rows:rows])
 
         grad_x, read_adapters = grad, []
         parts = slices([product.rows for product in readers])        # of [d up | d qkv]
@@ -323,12 +342,6 @@ class FusedForward(torch.autograd.Function):
                 product.add_lora_gradients_(wide, seeds[some])
                 grad_x = norm_backward(x, norm, wide[:, : product.width], grad_x)
         return grad_x if ctx.needs_input_grad[0] else None, None, None, None, None, *read_adapters, *written_adapters
-
-
-def leaf(qkv: Tensor, shape: torch.Size) -> Tensor:
-    """qkv as the start of attention's own graph, (batch, tokens, rows)."""
-    # Not detach: it would share the counter by which autograd knows that a tensor was overwritten, and `up`, in the same matrix, will be.
-    return qkv.unflatten(0, shape).data.requires_grad_()
 
 
 def fuse(model: Falcon, keep_bytes: int = 0) -> list[FusedBlock]:

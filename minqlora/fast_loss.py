@@ -17,21 +17,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minqlora.falcon import Falcon
-from minqlora.fast import FusedBlock, compiled
+from minqlora.fast import FusedBlock
 
 IGNORED = -100    # a label that is not in the loss, as in torch's cross_entropy
 
 
-@compiled
-def loss_and_gradient_(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the cross-entropies of a chunk; the logits are overwritten by its gradient, softmax - one-hot."""
-    wide = logits.float()                                                         # (chunk, vocab); a register at a time, never in memory
-    total = wide.logsumexp(dim=1, keepdim=True)                                   # (chunk, 1)
-    in_loss = (labels != IGNORED)[:, None]
-    is_label = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]
-    loss = torch.where(is_label, total - wide, 0.0).sum()
-    logits.copy_(torch.where(in_loss, (wide - total).exp() - is_label.float(), 0.0))
-    return loss
+def cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor) -> None:
+    """losses (M,) become the cross-entropies of logits (M, vocab) and labels (M,), and logits the gradient of their sum. 0 if ignored."""
+    if logits.is_cuda:
+        from minqlora.kernels.cross_entropy import cross_entropy_ as kernel
+
+        return kernel(logits, labels, losses, IGNORED)
+    wide = logits.float()
+    total = wide.logsumexp(dim=1, keepdim=True)                                   # (M, 1)
+    is_label = torch.arange(logits.shape[1]) == labels[:, None]
+    losses.copy_(torch.where(is_label, total - wide, 0.0).sum(dim=1))
+    logits.copy_(torch.where(labels[:, None] != IGNORED, (wide - total).exp() - is_label.float(), 0.0))
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -39,14 +40,14 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, labels, chunk):
-        grad, loss = torch.empty_like(hidden), hidden.new_zeros((), dtype=torch.float32)
+        grad, losses = torch.empty_like(hidden), hidden.new_empty(len(hidden), dtype=torch.float32)
         for start in range(0, len(hidden), chunk):
             some = slice(start, start + chunk)
             logits = hidden[some] @ head.T                                        # (chunk, vocab)
-            loss += loss_and_gradient_(logits, labels[some])
+            cross_entropy_(logits, labels[some], losses[some])
             torch.mm(logits, head, out=grad[some])
         ctx.save_for_backward(grad)
-        return loss
+        return losses.sum()
 
     @staticmethod
     def backward(ctx, grad_loss):

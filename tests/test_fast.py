@@ -109,14 +109,14 @@ def test_dropout_of_the_fused_block_is_the_same_forward_and_backward():
     assert (up - down) / 2 == pytest.approx(step * slope, rel=1e-2)
 
 
-def test_dropout_drops_the_share_it_was_asked_for_and_keeps_the_mean():
-    x = torch.ones(1000, 100)
-    dropped = drop(x, 0.1, torch.tensor(12345))
-    share = (dropped == 0).float().mean().item()
+def test_dropout_drops_the_share_it_was_asked_for_and_the_same_values_again():
+    seed = torch.tensor(12345)
+    kept = drop(torch.ones(1000, 100), 0.1, seed)
     # 100 000 draws: the share's deviation is sqrt(0.1 * 0.9 / 1e5) = 0.00095; five of them.
-    assert abs(share - 0.1) < 5 * 0.00095
-    assert torch.equal(dropped[dropped > 0].unique(), torch.tensor([1 / 0.9]))
-    assert not torch.equal(dropped, drop(x, 0.1, torch.tensor(12346)))
+    assert abs((kept == 0).float().mean().item() - 0.1) < 5 * 0.00095
+    assert torch.equal(kept[kept > 0].unique(), torch.tensor([1 / 0.9]))
+    assert torch.equal(drop(torch.full((1000, 100), 2.0), 0.1, seed), 2 * kept)
+    assert not torch.equal(kept, drop(torch.ones(1000, 100), 0.1, seed + 1))
 
 
 def test_what_the_fused_block_cannot_do_is_refused():

@@ -279,7 +279,9 @@ def test_a_fused_block_keeps_and_peaks_as_planned(kind, dtype, keep, length, mon
     _, most = peak_of(lambda: out.pop("y").backward(grad))
     named, workspace = activations.block_at_work(config, flags)
     planned = sum(named.values()) + workspace - grad.nbytes - products * keep
-    assert 0 <= most - planned <= SCRATCH
+    # The kernel that turns gradients back has no temporaries; autograd has two, which show where `up` was let go before.
+    turning = flags.rows(2 * config.hidden_size) * (config.num_ln_in_parallel_attn == 2)
+    assert 0 <= most - planned <= SCRATCH + turning
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
