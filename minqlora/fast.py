@@ -352,9 +352,10 @@ def fuse(model: Falcon, keep_bytes: int = 0) -> list[FusedBlock]:
     would need as much. Decoding with a cache goes on as before. Returns the blocks' fused halves.
     """
     layers, config = model.transformer.h, model.config
-    if not config.parallel_attn or config.bias or config.hidden_dropout:
-        raise ValueError(f"the fused block is for Falcons with parallel attention, no biases and no hidden dropout; this one has "
-                         f"parallel_attn {config.parallel_attn}, bias {config.bias}, hidden_dropout {config.hidden_dropout}")
+    if not config.parallel_attn or config.bias or config.hidden_dropout or (config.alibi and config.attention_dropout):
+        raise ValueError(f"the fused block is for Falcons with parallel attention, no biases, and dropout nowhere but in LoRA; this one has "
+                         f"parallel_attn {config.parallel_attn}, bias {config.bias}, hidden_dropout {config.hidden_dropout}, "
+                         f"attention_dropout {config.attention_dropout}")
     bare = [name for name, linear in linears(layers).items() if not isinstance(linear, LoRALinear)]
     if bare:
         raise ValueError(f"the fused block wants LoRA on all linears of every block; without an adapter: transformer.h.{bare[0]}, ...")
