@@ -353,7 +353,7 @@ def fuse(model: Falcon, keep_bytes: int = 0) -> list[FusedBlock]:
     """
     layers, config = model.transformer.h, model.config
     if not config.parallel_attn or config.bias or config.hidden_dropout or (config.alibi and config.attention_dropout):
-        raise ValueError(f"the fused block is for Falcons with parallel attention, no biases, and dropout nowhere but in LoRA; this one has "
+        raise ValueError(f"the fused block is for Falcons with parallel attention, no biases, and dropout in LoRA alone; this one has "
                          f"parallel_attn {config.parallel_attn}, bias {config.bias}, hidden_dropout {config.hidden_dropout}, "
                          f"attention_dropout {config.attention_dropout}")
     bare = [name for name, linear in linears(layers).items() if not isinstance(linear, LoRALinear)]
