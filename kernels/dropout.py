@@ -14,8 +14,9 @@ from torch import Tensor
 
 @triton.jit
 def drop_kernel(x, seed, out, p, n, x_stride, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pieces = tl.cdiv(n, BLOCK)                                                     # of a row
+    row = (tl.program_id(0) // pieces).to(tl.int64)
+    columns = tl.program_id(0) % pieces * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(x + row * x_stride + columns, mask=columns < n, other=0).to(tl.float32)
     chance = tl.rand(tl.load(seed), (row * n + columns).to(tl.uint32))             # in [0, 1)
     tl.store(out + row * n + columns, tl.where(chance >= p, values / (1 - p), 0.0).to(out.dtype.element_ty), mask=columns < n)
@@ -29,5 +30,5 @@ def drop(x: Tensor, p: float, seed: Tensor) -> Tensor:
     block = 1024
     if m:
         with torch.cuda.device_of(x):
-            drop_kernel[m, triton.cdiv(n, block)](x, seed, out, p, n, x.stride(0), BLOCK=block, num_warps=4)
+            drop_kernel[m * triton.cdiv(n, block),](x, seed, out, p, n, x.stride(0), BLOCK=block, num_warps=4)
     return out

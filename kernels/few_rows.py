@@ -88,7 +88,7 @@ def product_kernel(
     n_ok, m_ok = n < out_features, m < rows
     dtype: tl.constexpr = x.dtype.element_ty
     # A level that is still to be multiplied by its absmax keeps more digits than bfloat16 has: rounding twice would show.
-    LEVEL: tl.constexpr = dtype if WHOLE_BLOCKS else tl.float16 if TABLE else tl.float32
+    LEVEL: tl.constexpr = dtype if WHOLE_BLOCKS else tl.float32
     levels = tl.load(code + tl.arange(0, 16)).to(LEVEL)
     table = make_table(code, LEVEL) if TABLE else 0
     start = n.to(tl.int64) * in_features                            # 64 bits: a weight may have more than 2^31 values
@@ -220,8 +220,8 @@ def product(x: Tensor, packed, absmax, code, out_features: int, blocksize: int, 
     product_kernel[(tiles, splits)](
         x, packed, absmax, code, absmax2, offset, code2, bias, lora_xa, lora_B, scale, out,
         rows, out_features, in_features, x.stride(0), rank, steps_a_split,
-        BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, WHOLE_BLOCKS=whole, TABLE=has_table(x),
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k, BLOCK_R=BLOCK_R, num_stages=stages(whole),
+        BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, WHOLE_BLOCKS=whole, TABLE=whole and has_table(x),
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k, BLOCK_R=BLOCK_R,
     )  # fmt: skip
     return sum_splits(out, x.dtype)
 
@@ -238,23 +238,18 @@ def grad(dy: Tensor, packed, absmax, code, in_features: int, blocksize: int, nes
     grad_kernel[(tiles, splits)](
         dy, packed, absmax, code, absmax2, offset, code2, out,
         rows, out_features, in_features, dy.stride(0), steps_a_split,
-        BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, WHOLE_BLOCKS=whole, TABLE=has_table(dy),
-        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k, num_stages=stages(whole),
+        BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2, WHOLE_BLOCKS=whole, TABLE=whole and has_table(dy),
+        BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, BLOCK_K=block_k,
     )  # fmt: skip
     return sum_splits(out, dy.dtype)
 
 
-def stages(whole_blocks: bool) -> int:
-    """How many steps ahead Triton may load.
-
-    A program has 48 KiB of shared memory without asking for more, the pair table takes 32, and Triton, which does not know of it, does not
-    ask. Where the weight is scaled before the product, tiles loaded ahead would take 38; after it, Triton loads none ahead.
-    """
-    return 3 if whole_blocks else 1
-
-
 def has_table(x: Tensor) -> bool:
-    """The pair table is NVIDIA's assembly, and its pairs are 16 bits a value. The interpreter and float32 take the gather."""
+    """The pair table is NVIDIA's assembly, and its pairs are 16 bits a value. The interpreter and float32 take the gather.
+
+    So do rows that are no whole blocks. Triton does not know of the table's 32 KiB of shared memory: a program has 48 without asking, and
+    for such rows Triton plans for more than the rest.
+    """
     return x.is_cuda and torch.version.hip is None and x.dtype != torch.float32
 
 

@@ -15,8 +15,16 @@ takes a piece of one row: no index has to be divided to find its row, and each t
     g  = u Phi(u)                again, for the gradient of A; it overwrites u, which nobody needs afterwards
     du = dg (Phi(u) + u phi(u))  overwrites dx_W
 
-Done by themselves they read and write ten matrices of that size; together two are read and two written. A program computes a tile of
-BLOCK_M x BLOCK_N, and its share of inner A is one product of the matrix unit.
+Done by themselves they read and write ten matrices of that size; together two are read and two written. A program computes TILES tiles of
+BLOCK_M x BLOCK_N below each other, so that it reads its columns of A once. A tile's share of inner A is one product of the matrix unit.
+
+**The ladder** of the backward, ms for 8192 x 18176 in bfloat16 and rank 64 on one H100; its bytes alone take 0.41:
+
+    a tile of 64 x 128 a program, 8 warps            about 1.1
+    16 x 128, 4 warps                                0.68      more programs at a time wait for memory
+    the same, neighbours below each other            0.77      lost: neighbours beside each other read memory in order
+    8 tiles of 32 x 64 in a loop, 3 on their way     0.60
+    without inner A                                  0.43
 """
 
 import torch
@@ -33,8 +41,9 @@ def phi(u):
 
 @triton.jit
 def forward_kernel(u, out, n, u_stride, out_stride, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pieces = tl.cdiv(n, BLOCK)                                      # of a row; neighbouring programs take neighbouring pieces
+    row = (tl.program_id(0) // pieces).to(tl.int64)
+    columns = tl.program_id(0) % pieces * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(u + row * u_stride + columns, mask=columns < n).to(tl.float32)
     tl.store(out + row * out_stride + columns, (values * phi(values)).to(out.dtype.element_ty), mask=columns < n)
 
@@ -42,24 +51,29 @@ def forward_kernel(u, out, n, u_stride, out_stride, BLOCK: tl.constexpr):
 @triton.jit
 def backward_kernel(
     u, grad, inner, A, m, n, u_stride, grad_stride, inner_stride, A_stride,
-    RANK: tl.constexpr, RANK_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    RANK: tl.constexpr, RANK_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)                  # (BLOCK_M,)
-    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)                            # (BLOCK_N,)
-    inside = (rows < m)[:, None] & (columns < n)[None, :]
-    u += rows[:, None] * u_stride + columns[None, :]
-    grad += rows[:, None] * grad_stride + columns[None, :]
-    values = tl.load(u, mask=inside, other=0).to(tl.float32)                                # (BLOCK_M, BLOCK_N)
-    change = tl.load(grad, mask=inside, other=0).to(tl.float32)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)                            # (BLOCK_N,)
+    c_ok = columns < n
+    ranks = tl.arange(0, RANK_PADDED)
     if inner is not None:
-        ranks = tl.arange(0, RANK_PADDED)
-        left = tl.load(inner + rows[:, None] * inner_stride + ranks[None, :], mask=(rows < m)[:, None] & (ranks < RANK)[None, :], other=0)
-        right = tl.load(A + ranks[:, None] * A_stride + columns[None, :], mask=(ranks < RANK)[:, None] & (columns < n)[None, :], other=0)
-        change += tl.dot(left, right, input_precision="ieee")
-    below = phi(values)
-    slope = below + values * 0.3989422804014327 * tl.exp(-0.5 * values * values)
-    tl.store(u, (values * below).to(u.dtype.element_ty), mask=inside)
-    tl.store(grad, (change * slope).to(grad.dtype.element_ty), mask=inside)
+        right = tl.load(A + ranks[:, None] * A_stride + columns[None, :], mask=(ranks < RANK)[:, None] & c_ok[None, :], other=0)
+    # While one tile is computed, the next are on their way.
+    for i in tl.range(0, TILES, num_stages=3):
+        rows = (tl.program_id(1).to(tl.int64) * TILES + i) * BLOCK_M + tl.arange(0, BLOCK_M)        # (BLOCK_M,)
+        inside = (rows < m)[:, None] & c_ok[None, :]
+        u_at = u + rows[:, None] * u_stride + columns[None, :]
+        grad_at = grad + rows[:, None] * grad_stride + columns[None, :]
+        values = tl.load(u_at, mask=inside, other=0).to(tl.float32)                         # (BLOCK_M, BLOCK_N)
+        change = tl.load(grad_at, mask=inside, other=0).to(tl.float32)
+        if inner is not None:
+            left_ok = (rows < m)[:, None] & (ranks < RANK)[None, :]
+            left = tl.load(inner + rows[:, None] * inner_stride + ranks[None, :], mask=left_ok, other=0)
+            change = tl.dot(left, right, change, input_precision="ieee")
+        below = phi(values)
+        slope = below + values * 0.3989422804014327 * tl.exp(-0.5 * values * values)
+        tl.store(u_at, (values * below).to(u.dtype.element_ty), mask=inside)
+        tl.store(grad_at, (change * slope).to(grad.dtype.element_ty), mask=inside)
 
 
 def gelu_into(u: Tensor, out: Tensor) -> None:
@@ -69,7 +83,7 @@ def gelu_into(u: Tensor, out: Tensor) -> None:
     block = 2048
     if m:
         with torch.cuda.device_of(u):
-            forward_kernel[m, triton.cdiv(n, block)](u, out, n, u.stride(0), out.stride(0), BLOCK=block, num_warps=4)
+            forward_kernel[m * triton.cdiv(n, block),](u, out, n, u.stride(0), out.stride(0), BLOCK=block, num_warps=4)
 
 
 def gelu_backward_(u: Tensor, grad: Tensor, inner: Tensor | None = None, A: Tensor | None = None) -> None:
@@ -78,10 +92,10 @@ def gelu_backward_(u: Tensor, grad: Tensor, inner: Tensor | None = None, A: Tens
     assert grad.shape == u.shape and u.stride(1) == grad.stride(1) == 1
     rank = 0 if A is None else A.shape[0]
     assert A is None or (A.stride(1) == inner.stride(1) == 1 and inner.shape == (m, rank) and A.shape == (rank, n))
-    block_m, block_n = 16, 128
+    block_m, block_n, tiles = 32, 64, 8
     if m:
         with torch.cuda.device_of(u):
-            backward_kernel[triton.cdiv(m, block_m), triton.cdiv(n, block_n)](
+            backward_kernel[triton.cdiv(n, block_n), triton.cdiv(m, block_m * tiles)](
                 u, grad, inner, A, m, n, u.stride(0), grad.stride(0), 0 if A is None else inner.stride(0), 0 if A is None else A.stride(0),
-                RANK=rank, RANK_PADDED=max(16, triton.next_power_of_2(rank)), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+                RANK=rank, RANK_PADDED=max(16, triton.next_power_of_2(rank)), BLOCK_M=block_m, BLOCK_N=block_n, TILES=tiles, num_warps=4,
             )  # fmt: skip

@@ -67,6 +67,6 @@ def norm_backward(x: Tensor, weight: Tensor, eps: float, grad: Tensor, onto: Ten
         with torch.cuda.device_of(x):
             backward_kernel[m,](
                 x, weight, grad, onto, out, n, x.stride(0), grad.stride(0), onto.stride(0), eps,
-                BLOCK=triton.next_power_of_2(n), num_warps=8,
+                BLOCK=triton.next_power_of_2(n), num_warps=4,
             )  # fmt: skip
     return out

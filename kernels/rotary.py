@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_H = 16        # heads that a program has in its hands
+BLOCK_H = 32        # heads that a program has in its hands
 
 
 @triton.jit
@@ -85,8 +85,8 @@ def turn_back_kernel(
         store_turned_back(out + (i * HEAD_DIM)[:, None] + d[None, :], a, b, c[None, :], s[None, :], ok, HALF_DIM)
     else:
         # The first part sums the key's and the value's gradients over the group.
-        a = tl.zeros((HALF,), tl.float32)
-        b = tl.zeros((HALF,), tl.float32)
+        ka = tl.zeros((HALF,), tl.float32)
+        kb = tl.zeros((HALF,), tl.float32)
         va = tl.zeros((HALF,), tl.float32)
         vb = tl.zeros((HALF,), tl.float32)
         for start in range(0, GROUP, BLOCK_H):
@@ -94,11 +94,11 @@ def turn_back_kernel(
             ok = (i < GROUP)[:, None] & d_ok[None, :]
             k_at = dk + batch * dk_batch + token * dk_token + ((first + i) * dk_head)[:, None] + d[None, :]
             v_at = dv + batch * dv_batch + token * dv_token + ((first + i) * dv_head)[:, None] + d[None, :]
-            a += tl.sum(tl.load(k_at, mask=ok, other=0).to(tl.float32), 0)
-            b += tl.sum(tl.load(k_at + HALF_DIM, mask=ok, other=0).to(tl.float32), 0)
+            ka += tl.sum(tl.load(k_at, mask=ok, other=0).to(tl.float32), 0)
+            kb += tl.sum(tl.load(k_at + HALF_DIM, mask=ok, other=0).to(tl.float32), 0)
             va += tl.sum(tl.load(v_at, mask=ok, other=0).to(tl.float32), 0)
             vb += tl.sum(tl.load(v_at + HALF_DIM, mask=ok, other=0).to(tl.float32), 0)
-        store_turned_back(out + GROUP * HEAD_DIM + d, a, b, c, s, d_ok, HALF_DIM)
+        store_turned_back(out + GROUP * HEAD_DIM + d, ka, kb, c, s, d_ok, HALF_DIM)
         value = out + (GROUP + 1) * HEAD_DIM + d
         tl.store(value, va.to(out.dtype.element_ty), mask=d_ok)
         tl.store(value + HALF_DIM, vb.to(out.dtype.element_ty), mask=d_ok)

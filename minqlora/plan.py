@@ -34,7 +34,7 @@ from minqlora.falcon import FalconConfig
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 NESTED_BLOCKSIZE = 256                           # scales that share a scale, with double quantization
 CONTEXT = 600 * 2**20                            # a CUDA context with torch's and Triton's kernels loaded: the order of it on an H100
-LIBRARIES = 32 * 2**20                           # cuBLAS's workspace on Hopper; torch's allocator counts it
+LIBRARIES = 2 * 32 * 2**20                       # cuBLAS's workspaces on Hopper, the forward's thread and the backward's; torch counts them
 SLACK = 0.03                                     # of what comes and goes: a freed block rarely fits the next tensor exactly
 
 
@@ -288,7 +288,7 @@ def notes(ledger: Ledger) -> dict[str, str]:
         "logits and loss": f"{flags.tokens} x {config.vocab_size}" + (", in chunks" if flags.fused else ", three times in float32"),
         "optimizer at work": f"{activations.BUCKET / 1e6:.1f} million parameters at once",
         "held by the recording": "what one batch needs at its fullest",
-        "cuBLAS": "its workspace",
+        "cuBLAS": "its workspaces",
     }
 
 

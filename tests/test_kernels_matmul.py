@@ -130,7 +130,8 @@ def test_x_may_be_strided_and_of_any_rank(rows):
     columns = x.transpose(-1, -2).contiguous().transpose(-1, -2)   # stride 2 * 64 between neighbours of a row
     for view in (apart, swapped, columns):
         assert torch.equal(w.product(view), plain)
-    assert torch.equal(w.product(x[0, 0]), plain[0, 0]) or rows == MANY_ROWS
+    # Another number of rows may sum in another order: 64 products of size 0.05 and less, float32.
+    torch.testing.assert_close(w.product(x[0, 0]), plain[0, 0], rtol=0, atol=64 * 64 * 0.05 * 2**-24)
     assert w.product(x[:0]).shape == (0, 2, 8)
     # sum() sends back a gradient whose strides are zero.
     x.requires_grad_()
