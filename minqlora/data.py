@@ -353,8 +353,8 @@ def batches(examples: list[Example], batch_size: int, seed: int, pad: int, start
         start = 0
 
 
-def batches_in_order(examples: list[Example], batch_size: int, pad: int) -> Iterator[Batch]:
+def batches_in_order(examples: list[Example], batch_size: int, pad: int, multiple: int = 1) -> Iterator[Batch]:
     """Every example once, the longest first: for evaluation."""
     order = sorted(examples, key=lambda example: -len(example.ids))
     for i in range(0, len(order), batch_size):
-        yield collate(order[i:i + batch_size], pad)
+        yield collate(order[i:i + batch_size], pad, multiple)
