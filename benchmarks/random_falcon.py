@@ -20,6 +20,13 @@ SHAPES = {
     ),
     "falcon-40b": FalconConfig(hidden_size=8192, num_hidden_layers=60, num_attention_heads=128, **NEW, **COMMON),
     "falcon-180B": FalconConfig(hidden_size=14848, num_hidden_layers=80, num_attention_heads=232, **NEW, **COMMON),
+    # Stand-ins for LLaMA: its width, depth and heads, and an MLP of two matrices that has as many parameters as its three.
+    "llama-33B": FalconConfig(
+        hidden_size=6656, num_hidden_layers=60, num_attention_heads=52, ffn_hidden_size=26880, multi_query=False, **COMMON
+    ),
+    "llama-65B": FalconConfig(
+        hidden_size=8192, num_hidden_layers=80, num_attention_heads=64, ffn_hidden_size=33024, multi_query=False, **COMMON
+    ),
 }  # fmt: skip
 
 

@@ -181,15 +181,15 @@ def output_of(*command: str) -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
-def header(args) -> dict:
+def header(commit: str) -> dict:
+    """Where and with what this was measured. `commit` is what to say where git is not there."""
     import triton
 
-    commit = output_of("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
+    commit = output_of("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD") or commit
     driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__, "triton": triton.__version__,
-        "commit": commit or args.commit, "date": date.today().isoformat(), "model": args.model, "rank": args.rank,
-        "adapters": args.adapters, "optimizer": args.optimizer, "dropout": args.dropout, "steps": args.steps, "bf16_tflops": matrix_rate(),
+        "commit": commit, "date": date.today().isoformat(), "bf16_tflops": matrix_rate(),
     }  # fmt: skip
 
 
@@ -252,7 +252,8 @@ def main() -> int:
         print(json.dumps(measure(args, args.rows, args.stacks)))
         return 0
 
-    head, rows = header(args), []
+    settings = {name: getattr(args, name) for name in ("model", "rank", "adapters", "optimizer", "dropout", "steps")}
+    head, rows = header(args.commit) | settings, []
     for row in args.rows.split(","):
         for stack in args.stacks.split(","):
             child = [sys.executable, __file__, *sys.argv[1:], "--rows", row, "--stacks", stack, "--one"]

@@ -116,8 +116,7 @@ def parser() -> argparse.ArgumentParser:
     flag("--checkpointing", action=YES_NO, help="recompute activations: less memory, a third more time")
     flag("--fused", action=YES_NO, help="train by the fused blocks of fast.py; on a GPU, where they know the model, the default")
     flag("--keep-bytes", type=size, default=0, metavar="SIZE", help="memory for what the fused blocks need not compute again, as 8GiB")
-    flag("--recorded", action=YES_NO, default=False,
-         help="replay fused steps of up to 4096 tokens as CUDA graphs; experimental: not yet measured on a GPU")
+    flag("--recorded", action=YES_NO, default=True, help="replay fused batches of up to 4096 tokens as CUDA graphs")
     flag("--seed", type=int, default=0, help="of adapters, order and dropout")
 
     flag = parser.add_argument_group("run").add_argument
@@ -207,10 +206,12 @@ def adapt(model: Falcon, args: argparse.Namespace) -> None:
 
 
 def uses_fast(args: argparse.Namespace, config: FalconConfig, device: torch.device) -> tuple[bool, bool]:
-    """(blocks of fast.py, replayed as CUDA graphs): fused as the flag says, else on a GPU wherever they can; replayed where asked."""
-    can = config.parallel_attn and not config.bias and not config.hidden_dropout and args.targets == ["all"]
+    """(blocks of fast.py, replayed as CUDA graphs): fused as the flag says, else on a GPU wherever they can; replayed where they fit."""
+    dropout = config.hidden_dropout or (config.alibi and config.attention_dropout)
+    can = config.parallel_attn and not config.bias and not dropout and args.targets == ["all"]
     fused = args.fused if args.fused is not None else device.type == "cuda" and can
-    return fused, fused and args.recorded and not args.packing and args.batch_size * args.length <= 4096
+    small = not args.packing and args.batch_size * args.length <= 4096
+    return fused, fused and device.type == "cuda" and args.recorded and small
 
 
 def memory_flags(args: argparse.Namespace, config: FalconConfig, device: torch.device) -> Flags:

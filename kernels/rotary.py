@@ -76,32 +76,32 @@ def turn_back_kernel(
         c, s = tl.full((HALF,), 1.0, tl.float32), tl.zeros((HALF,), tl.float32)
     out += row * out_stride + kv_head * (GROUP + 2) * HEAD_DIM      # this key head's queries, then its key, then its value
     first = kv_head * GROUP
-    if part > 0:
-        i = (part - 1) * BLOCK_H + tl.arange(0, BLOCK_H)            # queries of the group
+    if part >= 2:
+        i = (part - 2) * BLOCK_H + tl.arange(0, BLOCK_H)            # queries of the group
         ok = (i < GROUP)[:, None] & d_ok[None, :]
         source = dq + batch * dq_batch + token * dq_token + ((first + i) * dq_head)[:, None] + d[None, :]
         a = tl.load(source, mask=ok, other=0).to(tl.float32)
         b = tl.load(source + HALF_DIM, mask=ok, other=0).to(tl.float32)
         store_turned_back(out + (i * HEAD_DIM)[:, None] + d[None, :], a, b, c[None, :], s[None, :], ok, HALF_DIM)
     else:
-        # The first part sums the key's and the value's gradients over the group.
-        ka = tl.zeros((HALF,), tl.float32)
-        kb = tl.zeros((HALF,), tl.float32)
-        va = tl.zeros((HALF,), tl.float32)
-        vb = tl.zeros((HALF,), tl.float32)
+        # The first part sums the key's gradients over the group, the second the value's, which has not been turned.
+        if part == 0:
+            summed = dk + batch * dk_batch + token * dk_token
+            head_stride = dk_head
+        else:
+            summed = dv + batch * dv_batch + token * dv_token
+            head_stride = dv_head
+        sum_a = tl.zeros((HALF,), tl.float32)
+        sum_b = tl.zeros((HALF,), tl.float32)
         for start in range(0, GROUP, BLOCK_H):
             i = start + tl.arange(0, BLOCK_H)
             ok = (i < GROUP)[:, None] & d_ok[None, :]
-            k_at = dk + batch * dk_batch + token * dk_token + ((first + i) * dk_head)[:, None] + d[None, :]
-            v_at = dv + batch * dv_batch + token * dv_token + ((first + i) * dv_head)[:, None] + d[None, :]
-            ka += tl.sum(tl.load(k_at, mask=ok, other=0).to(tl.float32), 0)
-            kb += tl.sum(tl.load(k_at + HALF_DIM, mask=ok, other=0).to(tl.float32), 0)
-            va += tl.sum(tl.load(v_at, mask=ok, other=0).to(tl.float32), 0)
-            vb += tl.sum(tl.load(v_at + HALF_DIM, mask=ok, other=0).to(tl.float32), 0)
-        store_turned_back(out + GROUP * HEAD_DIM + d, ka, kb, c, s, d_ok, HALF_DIM)
-        value = out + (GROUP + 1) * HEAD_DIM + d
-        tl.store(value, va.to(out.dtype.element_ty), mask=d_ok)
-        tl.store(value + HALF_DIM, vb.to(out.dtype.element_ty), mask=d_ok)
+            at = summed + ((first + i) * head_stride)[:, None] + d[None, :]
+            sum_a += tl.sum(tl.load(at, mask=ok, other=0).to(tl.float32), 0)
+            sum_b += tl.sum(tl.load(at + HALF_DIM, mask=ok, other=0).to(tl.float32), 0)
+        c = tl.where(part == 0, c, 1.0)
+        s = tl.where(part == 0, s, 0.0)
+        store_turned_back(out + (GROUP + part) * HEAD_DIM + d, sum_a, sum_b, c, s, d_ok, HALF_DIM)
 
 
 def tables(rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None, int]:
@@ -144,7 +144,7 @@ def turn_back(dq: Tensor, dk: Tensor, dv: Tensor, rotary: tuple[Tensor, Tensor] 
     cosine, sine, period = tables(rotary)
     if len(out):
         with torch.cuda.device_of(dq):
-            turn_back_kernel[len(out), kv_heads, 1 + triton.cdiv(group, BLOCK_H)](
+            turn_back_kernel[len(out), kv_heads, 2 + triton.cdiv(group, BLOCK_H)](
                 dq, dk, dv, cosine, sine, out, tokens, period, out.stride(0), *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
                 GROUP=group, HEAD_DIM=head_dim, HALF=triton.next_power_of_2(head_dim // 2), BLOCK_H=BLOCK_H, num_warps=4,
             )  # fmt: skip

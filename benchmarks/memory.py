@@ -1,0 +1,176 @@
+"""How large a Falcon can be fine-tuned in how much memory, and does --plan know it beforehand?
+
+    python benchmarks/memory.py                                    # all rows that fit this device: a table and a JSON file
+    python benchmarks/memory.py --rows falcon-40b@24GiB
+
+A row is a model and a cap on what the device reports in use, context included. Each runs in a process of its own, in which torch's allocator
+is given the cap less the context and fails beyond it. The model is made in 4 bits layer by layer, with random weights of the real
+shape (LLaMA's sizes are Falcons of its width, depth and parameter count); rank 64 on all linears, dropout 0, the fused blocks of
+fast.py. A few real steps are taken on one batch of random tokens, so that the loss can fall.
+
+    allocated   the allocator's maximum, measured and as plan.py has it
+    device      what the driver reports in use at the end: allocated, the allocator's gaps, the context
+
+Below the table stands each row's ledger: the parts that stay, counted from the tensors themselves, and what comes and goes, which is the
+rest of the peak.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")            # before torch: segments grow, and leave smaller gaps
+sys.path.insert(0, str(HERE))
+
+import torch  # noqa: E402
+from training import header, tokens_of  # noqa: E402
+
+# name: batch x length, adapters, optimizer.
+ROWS = {
+    "falcon-7b@5.8GB": ("1x512", "bfloat16", "paged"),
+    "falcon-7b@16GB": ("16x512", "float32", "adamw"),
+    "llama-33B@24GB": ("1x512", "float32", "adamw8bit"),
+    "llama-65B@48GB": ("1x512", "float32", "adamw"),
+    "llama-65B@42GB": ("1x512", "bfloat16", "adamw8bit"),
+    "falcon-40b@24GiB": ("1x512", "bfloat16", "paged"),
+    "falcon-180B@141GB": ("1x512", "float32", "adamw"),
+}
+RANK = 64
+
+
+def flags_of(row: str):
+    from minqlora.activations import Flags
+
+    shape, adapters, optimizer = ROWS[row]
+    batch, length = tokens_of(shape)
+    return Flags(batch_size=batch, length=length, accumulate=1, rank=RANK, dropout=0.0, adapter_dtype=getattr(torch, adapters),
+                 optimizer=optimizer, fused=True)
+
+
+def in_use() -> int:
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def measure(row: str, steps: int) -> dict:
+    from random_falcon import SHAPES, random_falcon
+
+    from minqlora import add_lora
+    from minqlora.data import Batch
+    from minqlora.fast import fuse
+    from minqlora.fast_loss import fused_loss
+    from minqlora.optim import make_optimizer
+    from minqlora.plan import CONTEXT, parameter_count, parse_memory, plan
+
+    name, cap = row.split("@")
+    cap, config, flags = parse_memory(cap), SHAPES[name], flags_of(row)
+    torch.cuda.init()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (cap - CONTEXT) / torch.cuda.get_device_properties(0).total_memory))
+    started = time.perf_counter()
+    model = random_falcon(config)
+    add_lora(model, rank=RANK, alpha=16, dropout=0.0, dtype=flags.adapter_dtype).train()
+    fuse(model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(parameters, flags.optimizer, lr=2e-4)
+    torch.cuda.synchronize()
+    built = time.perf_counter() - started
+
+    ids = torch.randint(config.vocab_size, (flags.batch_size, flags.length), device="cuda")
+    learned = torch.arange(ids.numel(), device="cuda").view_as(ids)[:, 1:].flatten()
+    batch = Batch(ids, ids, learned, None, ids.numel())
+    losses, times = [], []
+    for _ in range(steps):
+        # The first step loads kernels and makes the optimizer's states.
+        torch.cuda.reset_peak_memory_stats()
+        started = time.perf_counter()
+        loss = fused_loss(model, batch) / len(learned)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+        optimizer.step()
+        gradients = sum(p.grad.nbytes for p in parameters)
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        times.append(time.perf_counter() - started)
+    peak, device = torch.cuda.max_memory_allocated(), in_use()
+
+    stays = {"weights in 4 bits": 0, "absmax": 0, "embeddings, norms": 0, "adapters": sum(p.nbytes for p in parameters)}
+    seen = set()
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.data_ptr() in seen or tensor.requires_grad or not tensor.is_cuda:
+            continue
+        seen.add(tensor.data_ptr())
+        packed = tensor.dtype == torch.uint8 and key.endswith("weight")
+        stays["weights in 4 bits" if packed else "absmax" if "weight." in key else "embeddings, norms"] += tensor.nbytes
+    states = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t) and t.is_cuda]
+    states += [window for _, window in getattr(optimizer, "windows", [])]
+    stays["optimizer states"] = sum(t.nbytes for t in states)
+    ledger = plan(config, flags)
+    return {
+        "row": row, "parameters": parameter_count(config), "batch": ROWS[row][0], "adapters": ROWS[row][1], "optimizer": flags.optimizer,
+        "cap": cap, "peak": peak, "planned": ledger.allocated, "device": device, "planned_device": ledger.total,
+        "gaps": torch.cuda.memory_reserved() - peak, "context": device - torch.cuda.memory_reserved(),
+        "losses": losses, "tokens_per_second": ids.numel() / statistics.median(times[1:]), "seconds_to_build": built,
+        "stays": stays, "gradients": gradients, "comes and goes": peak - sum(stays.values()),
+        "planned stays": ledger.resident, "planned moment": ledger.moments[ledger.peak], "moment": ledger.peak,
+    }  # fmt: skip
+
+
+def print_table(head: dict, rows: list[dict]) -> None:
+    print("  ".join(f"{key} {value}" for key, value in head.items()))
+    print(f"\n{'model@cap':<20}{'batch':>7} {'adapters':<9} {'optimizer':<10}{'allocated GB':>13}{'planned':>9}{'off':>7}{'device GB':>11}"
+          f"{'fits':>6}{'tokens/s':>10}  loss")  # fmt: skip
+    for r in rows:
+        if "error" in r:
+            print(f"{r['row']:<20} {r['error']}")
+            continue
+        print(f"{r['row']:<20}{r['batch']:>7} {r['adapters']:<9} {r['optimizer']:<10}{r['peak'] / 1e9:>13.2f}{r['planned'] / 1e9:>9.2f}"
+              f"{r['planned'] / r['peak'] - 1:>7.1%}{r['device'] / 1e9:>11.2f}{'yes' if r['device'] <= r['cap'] else 'NO':>6}"
+              f"{r['tokens_per_second']:>10,.0f}  {r['losses'][0]:.3f} > {r['losses'][-1]:.3f}")  # fmt: skip
+    for r in rows:
+        if "error" not in r:
+            parts = [*r["stays"].items(), ("comes and goes", r["comes and goes"]), ("gaps", r["gaps"]), ("context", r["context"])]
+            print(f"\n{r['row']}, GB: " + ", ".join(f"{name} {size / 1e9:.3f}" for name, size in parts))
+            print(f"    planned, in the {r['moment']}: "
+                  + ", ".join(f"{name} {size / 1e9:.3f}" for part in ("planned stays", "planned moment") for name, size in r[part].items()))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)}")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--commit", default="", help="what the header says where git is not there")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)      # a child process: one row
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks/memory.py measures a GPU, and there is none here")
+        return 1
+    if args.one:
+        print(json.dumps(measure(args.rows, args.steps)))
+        return 0
+    rows, head = [], header(args.commit)
+    for row in args.rows.split(","):
+        if row not in ROWS:
+            parser.error(f"--rows {row} is not one of {', '.join(ROWS)}")
+        child = [sys.executable, __file__, "--rows", row, "--steps", str(args.steps), "--one"]
+        done = subprocess.run(child, capture_output=True, text=True)
+        if done.returncode:
+            print(done.stderr[-2000:], file=sys.stderr)
+            rows.append({"row": row, "error": (done.stderr.strip().splitlines() or ["died without a word"])[-1][:200]})
+        else:
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+    print_table(head, rows)
+    path = args.json or HERE / "results" / f"memory-{head['gpu'].split()[1].lower()}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"header": head, "rows": rows}, indent=1) + "\n")
+    return int(any("error" in r for r in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
