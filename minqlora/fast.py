@@ -128,7 +128,7 @@ class Attended:
 
     def backward_into(self, grad: Tensor, out: Tensor) -> None:
         """The gradient of qkv into out, columns of a wider matrix, from that of the output. Once."""
-        changes = torch.autograd.grad(self.mixed, self.read, grad.unflatten(0, self.shape).view(self.mixed.shape))
+        changes = torch.autograd.grad(self.mixed, self.read, grad.contiguous().view(self.mixed.shape))
         self.mixed = self.read = None
         if out.is_cuda:
             from minqlora.kernels.rotary import turn_back
