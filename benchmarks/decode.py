@@ -24,23 +24,32 @@ is the dequantized model in float32. `plain` is falcon.py with its cache in bflo
 import argparse
 import copy
 import dataclasses
-import datetime
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch  # noqa: E402
-from random_falcon import SHAPES, random_falcon  # noqa: E402
+import torch
+from common import (
+    RESULTS,
+    about,
+    copy_bandwidth,
+    header,
+    leave_the_folder,
+    results_path,
+    rows_of_child,
+    write_profile,
+    write_results,
+)
+from hugging_face import attach_hf, make_hf, quantize_by_hand
+from random_falcon import SHAPES, random_falcon
 
-# Python puts this folder first on its path, and its kernels.py would then be the package `kernels` that bitsandbytes asks for.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
+leave_the_folder()
 
 from minqlora import add_lora, generate, merge_lora  # noqa: E402
 from minqlora.fast_decode import DECODERS, Decoder  # noqa: E402
@@ -81,39 +90,6 @@ def ask_on_one_stream(model, ids, new):
     ask_ours(model, ids, new)
 
 
-def quantize_by_hand(model) -> None:
-    """What load_in_4bit says and does not do."""
-    import bitsandbytes as bnb
-
-    for block in model.transformer.h:
-        for parent, name in (
-            (block.self_attention, "query_key_value"), (block.self_attention, "dense"),
-            (block.mlp, "dense_h_to_4h"), (block.mlp, "dense_4h_to_h"),
-        ):  # fmt: skip
-            old = getattr(parent, name)
-            new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=DTYPE, quant_type="nf4")
-            new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
-            setattr(parent, name, new.to(DEVICE))
-            old.weight.data = torch.empty(0)
-
-
-def make_hf(config):
-    from transformers import FalconConfig, FalconForCausalLM
-
-    torch.set_default_dtype(DTYPE)
-    with torch.device(DEVICE):
-        model = FalconForCausalLM(FalconConfig(**{key: value for key, value in config.to_json().items() if value is not None}))
-    torch.set_default_dtype(torch.float32)
-    return model.eval()
-
-
-def attach_hf(model):
-    from peft import LoraConfig, get_peft_model
-
-    targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
-    return get_peft_model(model, LoraConfig(r=RANK, lora_alpha=16, lora_dropout=0.0, target_modules=targets)).eval()
-
-
 def ask_hf(model, ids, new):
     # Falcon's own eos never ends a random answer early.
     model.generate(
@@ -132,20 +108,6 @@ def seconds(call) -> float:
     return time.perf_counter() - started
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second that a copy of 1 GiB reads and writes: median of 20."""
-    source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
-    target, times = torch.empty_like(source), []
-    for _ in range(25):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        target.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return 2 * 2**30 / statistics.median(times[5:]) * 1e3
-
-
 def bytes_of_a_step(config, batch: int, filled: float, lora: bool, bits: float) -> float:
     """What a step of a Falcon with a tied head must read: linears, head, adapter in 2 bytes a value, and the filled cache."""
     hidden, ffn, width = config.hidden_size, config.ffn_hidden_size, config.head_dim
@@ -156,8 +118,8 @@ def bytes_of_a_step(config, batch: int, filled: float, lora: bool, bits: float) 
     return config.num_hidden_layers * (a_layer + cache) + 2 * config.vocab_size * hidden
 
 
-def measure_rows(args, stack: str, model, ask) -> list[dict]:
-    config, rows = shape(args), []
+def measure_rows(args, stack: str, model, ask) -> Iterator[dict]:
+    config = shape(args)
     bits = 16 if stack == "ours16" else 4 + 8 / 64 + 32 / (64 * 256)
     new = args.tokens if stack.startswith("ours") else min(args.tokens, args.hf_tokens)
     for row in args.rows.split(","):
@@ -175,47 +137,45 @@ def measure_rows(args, stack: str, model, ask) -> list[dict]:
         steps = sorted((t - once) / (new - 1) for t in whole)
         step = statistics.median(steps)
         low, high = steps[round(0.2 * (len(steps) - 1))], steps[round(0.8 * (len(steps) - 1))]
-        rows.append({
+        yield {
             "row": row, "stack": stack, "first_token_ms": once * 1e3, "step_ms": step * 1e3, "tokens_per_second": batch / step,
             "p20": batch / high, "p80": batch / low, "bytes": bytes_of_a_step(config, batch, prompt + new / 2, "lora" in stack, bits),
             "peak_gb": torch.cuda.max_memory_allocated() / 1e9, "warmup_s": warm,
-        })  # fmt: skip
+        }  # fmt: skip
     if args.profile:
+        # 16 steps and a prompt of 128 tokens.
         ids = torch.randint(config.vocab_size, (1, 128), device=DEVICE)
-        profile(lambda: ask(model, ids, 17), args.output / f"profile-decode-{stack}.txt")
-    return rows
+        write_profile(lambda: ask(model, ids, 17), args.output / f"profile-decode-{stack.replace('+', '-')}.txt")
 
 
 @torch.no_grad()
-def measure(args, process: str) -> list[dict]:
+def measure(args, process: str) -> Iterator[dict]:
     """All rows of what one process measures."""
     torch.manual_seed(0)
-    config, rows = shape(args), []
+    config, model = shape(args), None
     if process == "error":
-        return errors(config)
+        yield from errors(config)
+        return
     for stack in STACKS[process]:
         if stack not in args.stacks.split(","):
             continue
         if process != "hf":
-            if not rows:
-                model = random_falcon(config, DEVICE, DTYPE, quantize=process == "ours").eval()
+            model = model or random_falcon(config, DEVICE, DTYPE, quantize=process == "ours").eval()
             if "lora" in stack:
                 attach(model)
                 model.eval()
-            rows += measure_rows(args, stack, model, ask_on_one_stream if stack == "ours-serial" else ask_ours)
+            yield from measure_rows(args, stack, model, ask_on_one_stream if stack == "ours-serial" else ask_ours)
         else:
-            if not rows:
-                model = make_hf(config)
-                quantize_by_hand(model)
-                torch.cuda.empty_cache()
-            rows += measure_rows(args, stack, attach_hf(model) if "lora" in stack else model, ask_hf)
+            if model is None:
+                model = make_hf(config, DEVICE, DTYPE)
+                quantize_by_hand(model, DTYPE)
+            yield from measure_rows(args, stack, attach_hf(model, RANK) if "lora" in stack else model, ask_hf)
     if process == "ours":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         cache = model.new_cache(1, 8192)
-        rows.append({"row": "cache of 8192 tokens", "stack": "ours", "cache_bytes": torch.cuda.memory_allocated() - before})
+        yield {"row": "cache of 8192 tokens", "stack": "ours", "cache_bytes": torch.cuda.memory_allocated() - before}
         del cache
-    return rows
 
 
 def errors(config) -> list[dict]:
@@ -251,61 +211,35 @@ def errors(config) -> list[dict]:
 
         rows.append({"stack": "ours" + suffix, "error": off(step_by_step(recorded), exact)})
         if not adapter:
-            theirs = make_hf(config)
+            theirs = make_hf(config, DEVICE, DTYPE)
             theirs.load_state_dict(plain16.state_dict())
-            quantize_by_hand(theirs)
+            quantize_by_hand(theirs, DTYPE)
             past = theirs(ids[:, :prompt], use_cache=True).past_key_values
             logits = step_by_step(lambda column: theirs(column, past_key_values=past, use_cache=True).logits)    # noqa: B023
             rows.append({"stack": "hf", "error": off(logits, exact)})
     return rows
 
 
-def profile(call, path: Path) -> None:
-    """Where 16 steps and a prompt of 128 tokens go, by kernel."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
-
-    with torch_profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as run:
-        call()
-        torch.cuda.synchronize()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(run.key_averages().table(sort_by="cuda_time_total", row_limit=40, max_name_column_width=80))
-
-
 # --- The report -------------------------------------------------------------------------------------------------------------------------
 
+WIDTHS = {"row": 8, "stack": 11, "tokens/s": 9, "p20 - p80": 17, "step ms": 8, "of floor": 8, "first token ms": 14, "peak GB": 8}
+COLUMNS = " ".join(f"{name:>{width}}" for name, width in WIDTHS.items())
 
-def output_of(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
-
-def header(args) -> dict:
-    from importlib.metadata import version
-
-    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {
-        "gpu": torch.cuda.get_device_name(), "driver": driver.splitlines()[0], "torch": torch.__version__,
-        **{name: version(name) for name in ("triton", "transformers", "bitsandbytes", "peft")},
-        "commit": args.commit or output_of("git", "-C", str(HERE), "rev-parse", "--short", "HEAD"),
-        "date": datetime.date.today().isoformat(), "model": args.model, "tokens": args.tokens, "hf_tokens": args.hf_tokens,
-        "repeats": args.repeats, "copy_gb_per_second": copy_bandwidth() / 1e9,
-    }  # fmt: skip
+def line(head: dict, r: dict) -> str:
+    if "failed" in r:
+        return f"{r['row']:>8} {r['stack']:>11} {r['failed']}"
+    if "error" in r:
+        return f"error of {r['stack']:>11}: {r['error']:.2e}"
+    if "cache_bytes" in r:
+        return f"{r['row']}: {r['cache_bytes'] / 1e6:.1f} MB"
+    share = r["bytes"] / head["copy_gb_per_second"] / 1e6 / r["step_ms"]
+    return (f"{r['row']:>8} {r['stack']:>11} {r['tokens_per_second']:9,.1f} {r['p20']:8,.1f} {r['p80']:8,.1f} "
+            f"{r['step_ms']:8.3f} {share:8.1%} {r['first_token_ms']:14.1f} {r['peak_gb']:8.2f}")  # fmt: skip
 
 
 def table(head: dict, rows: list[dict]) -> str:
-    lines = ["  ".join(f"{key} {value:.0f}" if isinstance(value, float) else f"{key} {value}" for key, value in head.items()), ""]
-    columns = {"row": 8, "stack": 10, "tokens/s": 9, "p20 - p80": 17, "step ms": 8, "of floor": 8, "first token ms": 14, "peak GB": 8}
-    lines.append(" ".join(f"{name:>{width}}" for name, width in columns.items()))
-    for r in rows:
-        if "failed" in r:
-            lines.append(f"{r['row']:>8} {r['stack']:>10} {r['failed']}")
-        elif "step_ms" in r:
-            share = r["bytes"] / head["copy_gb_per_second"] / 1e6 / r["step_ms"]
-            lines.append(f"{r['row']:>8} {r['stack']:>10} {r['tokens_per_second']:9,.1f} {r['p20']:8,.1f} {r['p80']:8,.1f} "
-                         f"{r['step_ms']:8.3f} {share:8.1%} {r['first_token_ms']:14.1f} {r['peak_gb']:8.2f}")  # fmt: skip
-    lines += [f"error of {r['stack']:>10}: {r['error']:.2e}" for r in rows if "error" in r]
-    lines += [f"{r['row']}: {r['cache_bytes'] / 1e6:.1f} MB" for r in rows if "cache_bytes" in r]
-    return "\n".join(lines)
+    return "\n".join([about(head), "", COLUMNS, *[line(head, row) for row in rows]])
 
 
 def plot(head: dict, rows: list[dict], path: Path) -> None:
@@ -347,7 +281,7 @@ def main() -> int:
     flag("--profile", action="store_true", help="write a table of kernels for each stack")
     flag("--plot", action="store_true")
     flag("--read", type=Path, help="take the results of an earlier run from this file")
-    flag("--output", type=Path, default=HERE / "results", help="folder of what is written")
+    flag("--output", type=Path, default=RESULTS, help="folder of what is written")
     flag("--commit", default="", help="what the header says where git is not there")
     flag("--one", help=argparse.SUPPRESS)                              # a child process: what it measures
     args = parser.parse_args()
@@ -370,25 +304,22 @@ def main() -> int:
     if unknown:
         raise SystemExit(f"--stacks: {', '.join(sorted(unknown))} unknown; there are {', '.join(every)}")
     if args.one:
-        print(json.dumps(measure(args, args.one)))
+        for row in measure(args, args.one):
+            print(json.dumps(row), flush=True)
         return 0
 
-    head, rows = header(args), []
+    settings = {name: getattr(args, name) for name in ("model", "tokens", "hf_tokens", "repeats")}
+    head, rows = header(args.commit, **settings, copy_gb_per_second=copy_bandwidth()), []
     torch.cuda.empty_cache()
+    path = results_path("decode", head, args.output)
+    print(f"{about(head)}\n\n{COLUMNS}", flush=True)
     for process in (*STACKS, "error"):
         if process != "error" and not set(STACKS[process]) & set(args.stacks.split(",")):
             continue
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--one", process], capture_output=True, text=True)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["died without a word"])[-1]
-            rows.append({"row": "all", "stack": process, "failed": reason[:200]})
-            print(done.stderr[-3000:], file=sys.stderr)
-        else:
-            rows += json.loads(done.stdout.splitlines()[-1])
-    print(table(head, rows))
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / f"decode-{head['gpu'].replace('NVIDIA', '').split()[0].lower()}.json"
-    path.write_text(json.dumps({"header": head, "rows": rows}, indent=1) + "\n")
+        for found in rows_of_child(__file__, [*sys.argv[1:], "--one", process]):
+            rows.append({"row": "all", "stack": process} | found)
+            print(line(head, rows[-1]), flush=True)
+            write_results(path, head, rows)
     if args.plot:
         plot(head, rows, path.with_suffix(".png"))
     return int(any("failed" in r for r in rows))

@@ -21,23 +21,20 @@ A row that fails says why, the others go on, and the exit code is 1. The results
 
 import argparse
 import copy
-import datetime
 import json
 import math
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-# Python puts this folder first on its path, and this file would then be the package `kernels` that bitsandbytes asks for.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != HERE]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch  # noqa: E402
+import torch
+from common import about, header, leave_the_folder, results_path, write_results
+
+leave_the_folder()
 
 from minqlora import NF4, dequantize_4bit, double_dequantize, double_quantize, quantize_4bit  # noqa: E402
 from minqlora.double_quant import DYNAMIC_MAP  # noqa: E402
@@ -310,24 +307,6 @@ def summary(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def header(commit: str | None, peak: dict) -> dict:
-    def ask(*command):
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE).stdout.strip().splitlines()[0]
-        except (OSError, subprocess.CalledProcessError, IndexError):
-            return "unknown"
-
-    import bitsandbytes
-    import triton
-
-    return {
-        "gpu": torch.cuda.get_device_name(), "driver": ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__,
-        "bitsandbytes": bitsandbytes.__version__, "commit": commit or ask("git", "rev-parse", "--short", "HEAD"),
-        "date": datetime.date.today().isoformat(), "peak": peak,
-    }  # fmt: skip
-
-
 def plot(results: dict, path: Path):
     """Time over rows, a panel for each shape and direction; both axes logarithmic."""
     import matplotlib
@@ -365,7 +344,7 @@ def main():
     parser.add_argument("--plot", action="store_true", help="draw the chart beside the results (needs matplotlib)")
     parser.add_argument("--read", type=Path, help="take the results of an earlier run from this file")
     parser.add_argument("--output", type=Path, help="folder of the results; benchmarks/results by default")
-    parser.add_argument("--commit", help="what the header says where there is no git repository")
+    parser.add_argument("--commit", default="", help="what the header says where there is no git repository")
     options = parser.parse_args()
     if options.read:
         results = json.loads(options.read.read_text())
@@ -379,9 +358,9 @@ def main():
 
     torch.manual_seed(0)
     peak = peaks()
-    results = {"header": header(options.commit, peak), "rows": []}
-    about = ", ".join(f"{key} {value}" for key, value in results["header"].items() if key != "peak")
-    print(f"{about}\npeak: a copy {peak['GB/s']:.0f} GB/s, a bfloat16 product {peak['TFLOP/s']:.0f} TFLOP/s\n")
+    results = {"header": header(options.commit, peak=peak), "rows": []}
+    where = about({key: value for key, value in results["header"].items() if key != "peak"})
+    print(f"{where}\npeak: a copy {peak['GB/s']:.0f} GB/s, a bfloat16 product {peak['TFLOP/s']:.0f} TFLOP/s\n")
     shapes = {name: size for name, size in SHAPES.items() if not options.quick or name in QUICK["shapes"]}
     cases = [("quantize", None), ("dequantize", None)]
     cases += [(what, rows) for what in ("forward", "grad of x") for rows in (QUICK["rows"] if options.quick else ROWS)]
@@ -399,11 +378,8 @@ def main():
 
     print(summary(results["rows"]))
     if options.output or not options.quick:
-        folder = options.output or HERE / "results"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"kernels-{results['header']['gpu'].replace('NVIDIA', '').split()[0].lower()}.json"
-        head, rows = json.dumps(results["header"], indent=1), ",\n".join(json.dumps(row) for row in results["rows"])
-        path.write_text(f'{{"header": {head},\n"rows": [\n{rows}\n]}}\n')
+        path = results_path("kernels", results["header"], options.output)
+        write_results(path, results["header"], results["rows"])
         if options.plot:
             plot(results, path.with_suffix(".png"))
     failed = [row for row in results["rows"] if "failed" in row]

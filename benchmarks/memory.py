@@ -3,9 +3,9 @@
     python benchmarks/memory.py                                    # all rows that fit this device: a table and a JSON file
     python benchmarks/memory.py --rows falcon-40b@24GiB
 
-A row is a model and a cap on what the device reports in use, context included. Each runs in a process of its own, in which torch's allocator
-is given the cap less the context and fails beyond it. The model is made in 4 bits layer by layer, with random weights of the real
-shape (LLaMA's sizes are Falcons of its width, depth and parameter count); rank 64 on all linears, dropout 0, the fused blocks of
+A row is a model and a cap on what the device reports in use, context included. Each runs in a process of its own, in which torch's
+allocator is given the cap less the context and fails beyond it. The model is made in 4 bits layer by layer, with random weights of the
+real shape (LLaMA's sizes are Falcons of its width, depth and parameter count); rank 64 on all linears, dropout 0, the fused blocks of
 fast.py. A few real steps are taken on one batch of random tokens, so that the loss can fall.
 
     allocated   the allocator's maximum, measured and as plan.py has it
@@ -19,17 +19,24 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")            # before torch: segments grow, and leave smaller gaps
-sys.path.insert(0, str(HERE))
 
-import torch  # noqa: E402
-from training import header, tokens_of  # noqa: E402
+import torch
+from common import RESULTS, about, header, leave_the_folder, results_path, rows_of_child, write_results
+from random_falcon import SHAPES, random_falcon
+
+leave_the_folder()
+
+from minqlora import add_lora  # noqa: E402
+from minqlora.activations import Flags  # noqa: E402
+from minqlora.data import Batch  # noqa: E402
+from minqlora.fast import fuse  # noqa: E402
+from minqlora.fast_loss import fused_loss  # noqa: E402
+from minqlora.optim import make_optimizer  # noqa: E402
+from minqlora.plan import CONTEXT, parameter_count, parse_memory, plan  # noqa: E402
 
 # name: batch x length, adapters, optimizer.
 ROWS = {
@@ -45,10 +52,8 @@ RANK = 64
 
 
 def flags_of(row: str):
-    from minqlora.activations import Flags
-
     shape, adapters, optimizer = ROWS[row]
-    batch, length = tokens_of(shape)
+    batch, length = map(int, shape.split("x"))
     return Flags(batch_size=batch, length=length, accumulate=1, rank=RANK, dropout=0.0, adapter_dtype=getattr(torch, adapters),
                  optimizer=optimizer, fused=True)
 
@@ -59,15 +64,6 @@ def in_use() -> int:
 
 
 def measure(row: str, steps: int) -> dict:
-    from random_falcon import SHAPES, random_falcon
-
-    from minqlora import add_lora
-    from minqlora.data import Batch
-    from minqlora.fast import fuse
-    from minqlora.fast_loss import fused_loss
-    from minqlora.optim import make_optimizer
-    from minqlora.plan import CONTEXT, parameter_count, parse_memory, plan
-
     name, cap = row.split("@")
     cap, config, flags = parse_memory(cap), SHAPES[name], flags_of(row)
     torch.cuda.init()
@@ -121,30 +117,32 @@ def measure(row: str, steps: int) -> dict:
     }  # fmt: skip
 
 
-def print_table(head: dict, rows: list[dict]) -> None:
-    print("  ".join(f"{key} {value}" for key, value in head.items()))
-    print(f"\n{'model@cap':<20}{'batch':>7} {'adapters':<9} {'optimizer':<10}{'allocated GB':>13}{'planned':>9}{'off':>7}{'device GB':>11}"
-          f"{'fits':>6}{'tokens/s':>10}  loss")  # fmt: skip
-    for r in rows:
-        if "error" in r:
-            print(f"{r['row']:<20} {r['error']}")
-            continue
-        print(f"{r['row']:<20}{r['batch']:>7} {r['adapters']:<9} {r['optimizer']:<10}{r['peak'] / 1e9:>13.2f}{r['planned'] / 1e9:>9.2f}"
-              f"{r['planned'] / r['peak'] - 1:>7.1%}{r['device'] / 1e9:>11.2f}{'yes' if r['device'] <= r['cap'] else 'NO':>6}"
-              f"{r['tokens_per_second']:>10,.0f}  {r['losses'][0]:.3f} > {r['losses'][-1]:.3f}")  # fmt: skip
-    for r in rows:
-        if "error" not in r:
-            parts = [*r["stays"].items(), ("comes and goes", r["comes and goes"]), ("gaps", r["gaps"]), ("context", r["context"])]
-            print(f"\n{r['row']}, GB: " + ", ".join(f"{name} {size / 1e9:.3f}" for name, size in parts))
-            print(f"    planned, in the {r['moment']}: "
-                  + ", ".join(f"{name} {size / 1e9:.3f}" for part in ("planned stays", "planned moment") for name, size in r[part].items()))
+COLUMNS = (f"{'model@cap':<20}{'batch':>7} {'adapters':<9} {'optimizer':<10}{'allocated GB':>13}{'planned':>9}{'off':>7}{'device GB':>11}"
+           f"{'fits':>6}{'tokens/s':>10}  loss")  # fmt: skip
+
+
+def line(r: dict) -> str:
+    if "failed" in r:
+        return f"{r['row']:<20} {r['failed']}"
+    return (f"{r['row']:<20}{r['batch']:>7} {r['adapters']:<9} {r['optimizer']:<10}{r['peak'] / 1e9:>13.2f}{r['planned'] / 1e9:>9.2f}"
+            f"{r['planned'] / r['peak'] - 1:>7.1%}{r['device'] / 1e9:>11.2f}{'yes' if r['device'] <= r['cap'] else 'NO':>6}"
+            f"{r['tokens_per_second']:>10,.0f}  {r['losses'][0]:.3f} > {r['losses'][-1]:.3f}")  # fmt: skip
+
+
+def ledger_lines(r: dict) -> list[str]:
+    def parts(*some: dict) -> str:
+        return ", ".join(f"{name} {size / 1e9:.3f}" for part in some for name, size in part.items())
+
+    comes = {"comes and goes": r["comes and goes"], "gaps": r["gaps"], "context": r["context"]}
+    return ["", f"{r['row']}, GB: {parts(r['stays'], comes)}",
+            f"    planned, in the {r['moment']}: {parts(r['planned stays'], r['planned moment'])}"]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)}")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of what is written")
     parser.add_argument("--commit", default="", help="what the header says where git is not there")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)      # a child process: one row
     args = parser.parse_args()
@@ -154,22 +152,21 @@ def main() -> int:
     if args.one:
         print(json.dumps(measure(args.rows, args.steps)))
         return 0
-    rows, head = [], header(args.commit)
     for row in args.rows.split(","):
         if row not in ROWS:
             parser.error(f"--rows {row} is not one of {', '.join(ROWS)}")
-        child = [sys.executable, __file__, "--rows", row, "--steps", str(args.steps), "--one"]
-        done = subprocess.run(child, capture_output=True, text=True)
-        if done.returncode:
-            print(done.stderr[-2000:], file=sys.stderr)
-            rows.append({"row": row, "error": (done.stderr.strip().splitlines() or ["died without a word"])[-1][:200]})
-        else:
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-    print_table(head, rows)
-    path = args.json or HERE / "results" / f"memory-{head['gpu'].split()[1].lower()}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"header": head, "rows": rows}, indent=1) + "\n")
-    return int(any("error" in r for r in rows))
+    rows, head = [], header(args.commit, rank=RANK, steps=args.steps)
+    path = results_path("memory", head, args.output)
+    print(f"{about(head)}\n{COLUMNS}", flush=True)
+    for row in args.rows.split(","):
+        for found in rows_of_child(__file__, ["--rows", row, "--steps", str(args.steps), "--one"]):
+            rows.append({"row": row} | found)
+            print(line(rows[-1]), flush=True)
+            write_results(path, head, rows)
+    for row in rows:
+        if "failed" not in row:
+            print("\n".join(ledger_lines(row)))
+    return int(any("failed" in r for r in rows))
 
 
 if __name__ == "__main__":

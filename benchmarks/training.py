@@ -21,15 +21,24 @@ is what the driver reports in use, context included. The matrix rate of an 8192-
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
+from common import RESULTS, about, header, leave_the_folder, matrix_rate, results_path, rows_of_child, write_profile, write_results
+from hugging_face import attach_hf, make_hf, quantize_by_hand
+from random_falcon import SHAPES, random_falcon
 
-RESULTS = Path(__file__).parent / "results"
+leave_the_folder()
+
+from minqlora import add_lora  # noqa: E402
+from minqlora.data import Batch  # noqa: E402
+from minqlora.fast import fuse  # noqa: E402
+from minqlora.fast_loss import GraphedLoss  # noqa: E402
+from minqlora.optim import make_optimizer  # noqa: E402
+from minqlora.train import answer_loss  # noqa: E402
+
 ROWS = ("1x512", "4x512", "16x512", "1x2048", "4x2048")
 STACKS = ("readable", "fused", "kept", "hf", "hf16")
 
@@ -41,15 +50,6 @@ def tokens_of(row: str) -> tuple[int, int]:
 
 def our_step(args, row, stack):
     """A function that takes one step of ours on fresh tokens, and returns its loss on the device."""
-    from random_falcon import SHAPES, random_falcon
-
-    from minqlora import add_lora
-    from minqlora.data import Batch
-    from minqlora.fast import fuse
-    from minqlora.fast_loss import GraphedLoss
-    from minqlora.optim import make_optimizer
-    from minqlora.train import answer_loss
-
     batch, length = tokens_of(row)
     model = random_falcon(SHAPES[args.model])
     add_lora(model, rank=args.rank, alpha=16, dropout=args.dropout, dtype=getattr(torch, args.adapters))
@@ -76,36 +76,16 @@ def our_step(args, row, stack):
 
 
 def hf_step(args, row, stack):
-    import bitsandbytes as bnb
-    from peft import LoraConfig, get_peft_model
-    from random_falcon import SHAPES
-    from transformers import FalconConfig, FalconForCausalLM
-
     batch, length = tokens_of(row)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = FalconForCausalLM(FalconConfig(**{k: v for k, v in SHAPES[args.model].to_json().items() if v is not None}))
-    torch.set_default_dtype(torch.float32)
+    model = make_hf(SHAPES[args.model])
     if stack == "hf":
-        for block in model.transformer.h:
-            for parent, name in (
-                (block.self_attention, "query_key_value"), (block.self_attention, "dense"),
-                (block.mlp, "dense_h_to_4h"), (block.mlp, "dense_4h_to_h"),
-            ):  # fmt: skip
-                old = getattr(parent, name)
-                new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-                new.weight = bnb.nn.Params4bit(old.weight.data.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4")
-                setattr(parent, name, new.cuda())
-        torch.cuda.empty_cache()
-    targets = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
+        quantize_by_hand(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
-    model = get_peft_model(model, LoraConfig(r=args.rank, lora_alpha=16, lora_dropout=args.dropout, target_modules=targets))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    model.train()
+    model = attach_hf(model, args.rank, args.dropout).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(parameters, lr=2e-4, fused=True)
 
     def step():
@@ -142,7 +122,7 @@ def measure(args, row: str, stack: str) -> dict:
     quantiles = statistics.quantiles(times, n=10) if len(times) > 1 else [times[0]] * 9
     median = statistics.median(times)
     if args.profile:
-        profile(step, RESULTS / f"profile-{stack}-{row}.txt")
+        write_profile(step, args.output / f"profile-training-{stack}-{row}.txt")
     return {
         "row": row, "stack": stack, "tokens_per_second": batch * length / median,
         "p20": batch * length / quantiles[7], "p80": batch * length / quantiles[1], "ms": median * 1e3,
@@ -151,57 +131,30 @@ def measure(args, row: str, stack: str) -> dict:
     }  # fmt: skip
 
 
-def profile(step, path: Path) -> None:
-    """Where a step goes, by kernel."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
-
-    with torch_profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as run:
-        step()
-        torch.cuda.synchronize()
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(run.key_averages().table(sort_by="cuda_time_total", row_limit=45, max_name_column_width=90))
+COLUMNS = (f"{'batch':>8} {'stack':>9} {'tokens/s':>9} {'p20 - p80':>17} {'peak GB':>8} {'device GB':>9} {'of matrix rate':>14} "
+           f"{'loss':>13}")  # fmt: skip
 
 
-def matrix_rate() -> float:
-    """TFLOP/s of an 8192-cube product in bfloat16, random data, median of 20."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(25):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        a @ b
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return 2 * 8192**3 / statistics.median(times[5:]) / 1e9
+def matrix_share(head: dict, row: dict) -> float:
+    """Of the matrix rate measured in the same run, what the operations that a step cannot do without take.
+
+    Two operations a weight and token, for the forward and again for the gradient of x; the head's, and attention's. Not counted: what
+    checkpointing computes again, LoRA, and the gradients of its matrices.
+    """
+    config, (_, length) = SHAPES[head["model"]], tokens_of(row["row"])
+    heads = config.num_attention_heads + 2 * config.num_kv_heads
+    weights = config.num_hidden_layers * config.hidden_size * (heads * config.head_dim + config.hidden_size + 2 * config.ffn_hidden_size)
+    weights += config.vocab_size * config.hidden_size
+    # Queries times keys and weights times values, for half of the pairs; and twice that in the backward.
+    attention = 3 * config.num_hidden_layers * 2 * length * config.hidden_size
+    return row["tokens_per_second"] * (4 * weights + attention) / head["bf16_tflops"] / 1e12
 
 
-def output_of(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
-def header(commit: str) -> dict:
-    """Where and with what this was measured. `commit` is what to say where git is not there."""
-    import triton
-
-    commit = output_of("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD") or commit
-    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {
-        "gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__, "triton": triton.__version__,
-        "commit": commit, "date": date.today().isoformat(), "bf16_tflops": matrix_rate(),
-    }  # fmt: skip
-
-
-def print_table(head: dict, rows: list[dict]) -> None:
-    print("  ".join(f"{key} {value:.0f}" if isinstance(value, float) and value > 1 else f"{key} {value}" for key, value in head.items()))
-    print(f"{'batch':>8} {'stack':>9} {'tokens/s':>9} {'p20 - p80':>17} {'peak GB':>8} {'device GB':>9} {'loss':>13}")
-    for r in rows:
-        if "error" in r:
-            print(f"{r['row']:>8} {r['stack']:>9} {r['error']}")
-            continue
-        print(f"{r['row']:>8} {r['stack']:>9} {r['tokens_per_second']:9,.0f} {r['p20']:8,.0f} {r['p80']:8,.0f} "
-              f"{r['peak_gb']:8.2f} {r['device_gb']:9.2f} {r['first_loss']:6.3f}>{r['last_loss']:6.3f}")  # fmt: skip
+def line(head: dict, r: dict) -> str:
+    if "failed" in r:
+        return f"{r['row']:>8} {r['stack']:>9} {r['failed']}"
+    return (f"{r['row']:>8} {r['stack']:>9} {r['tokens_per_second']:9,.0f} {r['p20']:8,.0f} {r['p80']:8,.0f} {r['peak_gb']:8.2f} "
+            f"{r['device_gb']:9.2f} {matrix_share(head | r, r):14.1%} {r['first_loss']:6.3f}>{r['last_loss']:6.3f}")  # fmt: skip
 
 
 def plot(head: dict, rows: list[dict], path: Path) -> None:
@@ -240,11 +193,18 @@ def main() -> int:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--profile", action="store_true", help="write a table of kernels for each row under results/")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of what is written")
     parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--read", type=Path, help="take the results of an earlier run from this file")
     parser.add_argument("--commit", default="", help="what the header says where git is not there")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)      # a child process: one row of one stack
     args = parser.parse_args()
+    if args.read:
+        results = json.loads(args.read.read_text())
+        print("\n".join([about(results["header"]), COLUMNS, *[line(results["header"], row) for row in results["rows"]]]))
+        if args.plot:
+            plot(results["header"], results["rows"], args.read.with_suffix(".png"))
+        return 0
     if not torch.cuda.is_available():
         print("benchmarks/training.py measures a GPU, and there is none here")
         return 1
@@ -252,25 +212,20 @@ def main() -> int:
         print(json.dumps(measure(args, args.rows, args.stacks)))
         return 0
 
-    settings = {name: getattr(args, name) for name in ("model", "rank", "adapters", "optimizer", "dropout", "steps")}
-    head, rows = header(args.commit) | settings, []
+    settings = {name: getattr(args, name) for name in ("model", "rank", "adapters", "optimizer", "dropout", "keep", "steps")}
+    head, rows = header(args.commit, **settings, bf16_tflops=matrix_rate()), []
+    torch.cuda.empty_cache()
+    path = results_path("training", head, args.output)
+    print(f"{about(head)}\n{COLUMNS}", flush=True)
     for row in args.rows.split(","):
         for stack in args.stacks.split(","):
-            child = [sys.executable, __file__, *sys.argv[1:], "--rows", row, "--stacks", stack, "--one"]
-            done = subprocess.run(child, capture_output=True, text=True)
-            if done.returncode:
-                reason = (done.stderr.strip().splitlines() or ["died without a word"])[-1]
-                rows.append({"row": row, "stack": stack, "error": reason[:200]})
-                print(done.stderr[-2000:], file=sys.stderr)
-            else:
-                rows.append(json.loads(done.stdout.splitlines()[-1]))
-    print_table(head, rows)
-    path = args.json or RESULTS / f"training-{head['gpu'].replace(' ', '-')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"header": head, "rows": rows}, indent=1) + "\n")
+            for found in rows_of_child(__file__, [*sys.argv[1:], "--rows", row, "--stacks", stack, "--one"]):
+                rows.append({"row": row, "stack": stack} | found)
+                print(line(head, rows[-1]), flush=True)
+            write_results(path, head, rows)
     if args.plot:
         plot(head, rows, path.with_suffix(".png"))
-    return int(any("error" in r for r in rows))
+    return int(any("failed" in r for r in rows))
 
 
 if __name__ == "__main__":

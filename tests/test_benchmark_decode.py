@@ -59,7 +59,7 @@ def test_all_stacks_agree_on_a_small_model(benchmark):
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("transformers")
     # bitsandbytes' layer on a CPU is not the one on a GPU: theirs gets the same weights, dequantized.
-    benchmark.quantize_by_hand = lambda theirs: theirs.load_state_dict(dequantized(benchmark, theirs))
+    benchmark.quantize_by_hand = lambda theirs, dtype: theirs.load_state_dict(dequantized(benchmark, theirs))
     with torch.no_grad():
         rows = benchmark.errors(SMALL)
     assert [row["stack"] for row in rows] == ["plain", "ours", "hf", "plain+lora", "ours+lora"]
@@ -82,7 +82,7 @@ def test_rows_table_and_chart(benchmark, monkeypatch, tmp_path):
     stacks = ["ours", "ours-serial", "ours+lora", "ours16", "hf", "hf+lora"]
     args = argparse.Namespace(model="small", rows="1x5,2x3", stacks=",".join(stacks), tokens=4, hf_tokens=4, repeats=2,
                               profile=False, output=tmp_path)
-    monkeypatch.setattr(benchmark, "quantize_by_hand", lambda theirs: None)
+    monkeypatch.setattr(benchmark, "quantize_by_hand", lambda theirs, dtype: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 10**9)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
     clock = iter(range(1000))

@@ -17,6 +17,7 @@ PEAK = {"GB/s": 1000.0, "TFLOP/s": 1.0}
 def benchmark(monkeypatch):
     """The script as a module, for small weights on the CPU: each contender runs once, and always takes 2 ms."""
     pytest.importorskip("bitsandbytes")
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("benchmark_kernels", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     path = sys.path[:]
