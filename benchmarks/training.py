@@ -106,6 +106,7 @@ def measure(args, row: str, stack: str) -> dict:
     batch, length = tokens_of(row)
     step = (hf_step if stack.startswith("hf") else our_step)(args, row, stack)
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()                                         # what building the model left
     base = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     started = time.perf_counter()

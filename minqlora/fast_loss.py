@@ -74,7 +74,7 @@ class GraphedLoss:
         self.model, self.blocks, self.most_tokens = model, blocks, most_tokens
         self.parameters = [matrix for block in blocks for matrix in block.adapters]
         # All recordings write here, and backward makes it the parameters' own: a gradient is in memory once, with a recording or without.
-        self.gradients = [torch.zeros_like(parameter) for parameter in self.parameters]
+        self.gradients = []                                                       # made with the first recording
         self.recordings, self.pool = {}, None
         # Autograd asks for one input that wants a gradient. It must not be the parameters: a graph of the step before, still alive on
         # another stream, would pull that stream into a recording.
@@ -92,6 +92,7 @@ class GraphedLoss:
         return Replay.apply(self.anchor, self, ids, labels)
 
     def replay(self, ids: Tensor, labels: Tensor) -> Tensor:
+        self.gradients = self.gradients or [torch.zeros_like(parameter) for parameter in self.parameters]
         # Where a step has several batches, what the last one left is still wanted, and a recording overwrites it as a replay does.
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             if parameter.grad is gradient:
