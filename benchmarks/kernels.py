@@ -9,7 +9,7 @@ What is timed, and under what:
 - a call is one of many in a CUDA graph, each on another copy of the weight, together four times the cache of an H100: the time of the
   GPU alone, from memory. Where a library cannot be captured (bitsandbytes quantizes on the default stream), calls run in
   a row on a stream, and the column says so; the reference runs on the CPU, once;
-- of 15 runs, the median and the 20th and 80th percentile;
+- of 15 runs, in which the contenders take turns, the median and the 20th and 80th percentile;
 - `GB/s` counts each input read and each output written once; `TFLOP/s` 2 M N K. The peak is a copy of 1 GiB, and a bfloat16 product of
   8192 x 8192 x 8192, both timed in this run. The share is that of the one which bounds the row: the longer of bytes over bandwidth
   and operations over rate, over the time;
@@ -62,12 +62,11 @@ def spread(times) -> list[float]:
     return [statistics.median(times), fifths[0], fifths[-1]]
 
 
-def time_gpu(call, copies: int, capture: bool = True, keep: bool = False, repeats: int = 15) -> list[float]:
-    """Milliseconds of call(i), for i over the copies. What it returns is kept if no two calls should write to the same memory."""
+def prepare(call, copies: int, capture: bool = True, keep: bool = False):
+    """A function that queues call(i) for i over the copies. What they return is kept if no two should write to the same memory."""
     for i in range(min(copies, 2)):
         call(i)                                                    # compiles
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph() if capture else None
 
     def once():
         kept = []
@@ -77,21 +76,34 @@ def time_gpu(call, copies: int, capture: bool = True, keep: bool = False, repeat
                 kept.append(output)
         return kept
 
-    if capture:
-        with torch.cuda.graph(graph):
-            kept = once()
-    times = []
+    if not capture:
+        return once
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = once()
+
+    def replay(kept=kept):
+        graph.replay()
+
+    return replay
+
+
+def time_in_turn(queued: dict[str, tuple], repeats: int = 15) -> dict[str, list[float]]:
+    """Milliseconds of one call of each, from {name: (what prepare gave, its copies)}.
+
+    They take turns: a product of milliseconds makes the chip hot and slow, and who always came second would pay for who came first.
+    """
+    times = {name: [] for name in queued}
     for repeat in range(repeats + 2):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay() if capture else once()
-        end.record()
-        end.synchronize()
-        if repeat >= 2:                                            # two to warm up
-            times.append(begin.elapsed_time(end) / copies)
-    if capture:
-        del kept
-    return spread(times)
+        for name, (run, copies) in queued.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            if repeat >= 2:                                        # two to warm up
+                times[name].append(begin.elapsed_time(end) / copies)
+    return {name: spread(some) for name, some in times.items()}
 
 
 def time_cpu(call) -> list[float]:
@@ -102,10 +114,10 @@ def time_cpu(call) -> list[float]:
 
 def peaks() -> dict:
     source, target = (torch.randint(0, 256, (2**30,), dtype=torch.uint8, device="cuda") for _ in range(2))
-    copied, *_ = time_gpu(lambda i: target.copy_(source), 3, capture=False)                    # a graph copies otherwise, and slower
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    multiplied, *_ = time_gpu(lambda i: a @ b, 5)
-    return {"GB/s": 2 * source.nbytes / copied / 1e6, "TFLOP/s": 2 * 8192**3 / multiplied / 1e9}
+    times = time_in_turn({"copy": (prepare(lambda i: target.copy_(source), 3, capture=False), 3),     # a graph copies otherwise, and slower
+                          "product": (prepare(lambda i: a @ b, 5), 5)})
+    return {"GB/s": 2 * source.nbytes / times["copy"][0] / 1e6, "TFLOP/s": 2 * 8192**3 / times["product"][0] / 1e9}
 
 
 # --- What is compared -----------------------------------------------------------------------------------------------------------------
@@ -258,11 +270,9 @@ def measure(w: Weight, shape_name: str, what: str, rows: int | None, peak: dict)
     except Exception as error:
         yield case | {"who": "all", "failed": f"{type(error).__name__}: {error}"}
         return
+    rows, queued = {}, {}
     for name, call, copies, how, check in contenders:
-        row = case | {"who": name}
-        bytes_moved = moved
-        if operations:
-            bytes_moved += w.original.nbytes if name == "cuBLAS bf16" else w.bytes4
+        rows[name] = row = case | {"who": name, "error": None, "timed": how}
         try:
             wrong = check() if check else None
             row["error"] = errors.get(call)
@@ -271,13 +281,22 @@ def measure(w: Weight, shape_name: str, what: str, rows: int | None, peak: dict)
             if how == "cpu":
                 row["ms"] = time_cpu(lambda call=call: call(0))
             else:
-                row["ms"] = time_gpu(call, copies, capture=how == "graph", keep=what in ("quantize", "dequantize"))
-            ms = row["ms"][0]
-            row |= {"timed": how, "GB/s": bytes_moved / ms / 1e6, "TFLOP/s": operations / ms / 1e9 if operations else None}
-            floor = max(bytes_moved / peak["GB/s"] / 1e6, operations / peak["TFLOP/s"] / 1e9)
-            row |= {"bound": "bytes" if floor > operations / peak["TFLOP/s"] / 1e9 else "operations", "share": floor / ms}
+                queued[name] = prepare(call, copies, how == "graph", keep=what in ("quantize", "dequantize")), copies
         except Exception as error:                                 # recorded, and the others go on
             row["failed"] = f"{type(error).__name__}: {error}"
+    try:
+        for name, ms in time_in_turn(queued).items():
+            rows[name]["ms"] = ms
+    except RuntimeError as error:
+        for name in queued:
+            rows[name]["failed"] = f"RuntimeError: {error}"
+    for name, row in rows.items():
+        if "ms" in row:
+            bytes_moved = moved + (0 if not operations else w.original.nbytes if name == "cuBLAS bf16" else w.bytes4)
+            ms = row["ms"][0]
+            row |= {"GB/s": bytes_moved / ms / 1e6, "TFLOP/s": operations / ms / 1e9 if operations else None}
+            floor = max(bytes_moved / peak["GB/s"] / 1e6, operations / peak["TFLOP/s"] / 1e9)
+            row |= {"bound": "bytes" if floor > operations / peak["TFLOP/s"] / 1e9 else "operations", "share": floor / ms}
         yield row
 
 
