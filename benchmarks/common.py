@@ -36,8 +36,12 @@ def output_of(*command: str) -> str:
 
 def header(commit: str = "", **more) -> dict:
     """Where and with what something is measured. `commit` is what to say where there is no git repository, or another."""
-    head = {"gpu": torch.cuda.get_device_name(), "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-            "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    if torch.cuda.is_available():
+        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        where = {"gpu": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda}
+    else:
+        where = {"cpu": platform.machine(), "threads": torch.get_num_threads()}
+    head = where | {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("triton", "bitsandbytes", "transformers", "peft"):
         with contextlib.suppress(PackageNotFoundError):
             head[name] = version(name)

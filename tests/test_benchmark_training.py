@@ -1,4 +1,4 @@
-"""benchmarks/common.py, training.py and memory.py: what can be shown of them without a GPU."""
+"""benchmarks/common.py, training.py, memory.py, loading.py and optimizers.py: what can be shown of them without a GPU."""
 
 import importlib
 import json
@@ -25,12 +25,12 @@ def load(monkeypatch):
         return module
 
     yield import_it
-    for name in ("training", "memory", "common", "hugging_face", "random_falcon"):
+    for name in ("training", "memory", "optimizers", "common", "hugging_face", "random_falcon"):
         sys.modules.pop(name, None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so it would measure")
-@pytest.mark.parametrize("script", ["training.py", "memory.py"])
+@pytest.mark.parametrize("script", ["training.py", "memory.py", "loading.py"])
 def test_without_a_gpu_they_say_so_in_one_line(script):
     done = subprocess.run([sys.executable, FOLDER / script], capture_output=True, text=True)
     assert done.returncode == 1
@@ -85,3 +85,13 @@ def test_the_plan_says_that_every_row_of_memory_fits(load):
     for row in memory.ROWS:
         name, cap = row.split("@")
         assert plan(memory.SHAPES[name], memory.flags_of(row)).total <= parse_memory(cap), row
+
+
+def test_optimizers_are_compared_with_the_noise_of_seeds(load):
+    rows = [{"optimizer": optimizer, "seed": seed, "losses": {"explained": {"10": loss}}, "tokens_per_second": 100.0}
+            for optimizer, losses in (("adamw", (1.0, 3.0)), ("adamw8bit", (2.0, 2.5))) for seed, loss in enumerate(losses)]
+    lines = load("optimizers").summary([*rows, {"optimizer": "paged", "seed": 0, "failed": "out of memory"}]).splitlines()
+    # Means 2 and 2.25; the deviation of 1 and 3 is the square root of 2.
+    assert lines[1].split() == ["explained", "10", "adamw", "2.0000", "1.4142"]
+    assert lines[2].split() == ["explained", "10", "adamw8bit", "2.2500", "+0.2500", "1.4142"]
+    assert "adamw: 100 tokens a second" in lines and lines[-1] == "paged, seed 0: out of memory"
