@@ -33,6 +33,7 @@ shared memory that one takes; while one waits for memory, another computes.
     pair_table.py           a byte to two weights by one read
     few_rows_mma.py         the product for 1 to 8 rows, lane by lane, in Gluon: Triton where one says which lane holds what
     few_rows_wgmma.py       for 9 to 128 rows
-    layer_norm.py, gelu.py  between the products of a training step; the shortest kernels here
+    layer_norm.py, gelu.py, rotary.py, dropout.py       between the products of a training step; the shortest kernels here
+    cross_entropy.py        behind the last of them
     decode.py, decode_attention.py      between the products of a decode step
 """
