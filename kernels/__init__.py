@@ -1,4 +1,4 @@
-"""The fast halves: the functions of nf4.py, double_quant.py and the 4-bit product in Triton, one file a kernel.
+"""The fast halves: quantization, the 4-bit product, and what stands between products, in Triton; one file a task.
 
 No imports here: Triton is loaded where a kernel is launched, and a machine without it never notices.
 
@@ -23,6 +23,12 @@ says how many a program has. Lanes of a warp hand values to each other (a shuffl
 on each of the GPU's *multiprocessors*, at a barrier. How many programs a multiprocessor runs at a time depends on the registers and the
 shared memory that one takes; while one waits for memory, another computes.
 
+Words that come back: indices are 32-bit integers, so a row's number is made int64 before it meets a stride. `p.dtype.element_ty` is the
+type that p points to. `tl.dot` multiplies tiles on the matrix unit. `tl.range(..., num_stages=3)` starts the loads of later rounds early.
+Triton compiles anew for an integer that is 1 or a multiple of 16; `do_not_specialize` forbids it for those that change with every batch.
+An argument that is None is known when compiling. *Over rotating weights*, in a table of times: each call reads another copy, so that
+none is in the cache already.
+
 **In which order to read.** In each file the kernels come first, and then what launches them.
 
     dequantize_4bit.py      first: codes to values. Bytes in, look-up, one product, values out
@@ -33,7 +39,7 @@ shared memory that one takes; while one waits for memory, another computes.
     pair_table.py           a byte to two weights by one read
     few_rows_mma.py         the product for 1 to 8 rows, lane by lane, in Gluon: Triton where one says which lane holds what
     few_rows_wgmma.py       for 9 to 128 rows
-    layer_norm.py, gelu.py, rotary.py, dropout.py       between the products of a training step; the shortest kernels here
-    cross_entropy.py        behind the last of them
+    layer_norm.py, gelu.py, rotary.py, dropout.py       between the products of a training step; dropout.py is the shortest
+    cross_entropy.py        the loss after them
     decode.py, decode_attention.py      between the products of a decode step
 """

@@ -28,7 +28,7 @@ def cross_entropy_kernel(logits, labels, losses, ignored, vocab_size, stride, BL
     else:
         at_label = tl.load(logits + label).to(tl.float32)           # before it is overwritten
         # BLOCK maxima and sums side by side, brought together once.
-        peaks = tl.full((BLOCK,), -1e30, tl.float32)                # not -inf: -inf - -inf is no number
+        peaks = tl.full((BLOCK,), -1e30, tl.float32)                # finite, so that -inf beyond the row adds e^-inf = 0
         sums = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, vocab_size, BLOCK):
             z = tl.load(logits + start + columns, mask=start + columns < vocab_size, other=float("-inf")).to(tl.float32)
@@ -48,7 +48,7 @@ def cross_entropy_kernel(logits, labels, losses, ignored, vocab_size, stride, BL
 def cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor, ignored: int) -> None:
     """losses (M,), float32, become the cross-entropies of logits (M, vocab_size) and labels (M,); logits become the gradient of their sum.
 
-    Where the label is `ignored`, both are zero.
+    Where the label is `ignored`, both are zero. Other labels must lie in [0, vocab_size): nobody checks.
     """
     m, vocab_size = logits.shape
     assert logits.stride(1) == 1 and labels.shape == losses.shape == (m,) and labels.is_contiguous() and losses.is_contiguous()

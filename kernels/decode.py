@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minqlora.kernels.gelu import phi
+from minqlora.kernels.gelu import share_below
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def gelu_kernel(
         left = tl.load(xa + rows[:, None] * xa_stride + ranks[None, :], mask=(rows < m)[:, None] & known[None, :], other=0)
         right = tl.load(B + columns[None, :] * RANK + ranks[:, None], mask=(columns < n)[None, :] & known[:, None], other=0)
         values += tl.dot(left, right, input_precision="ieee")
-    tl.store(out + at, (values * phi(values)).to(out.dtype.element_ty), mask=inside)
+    tl.store(out + at, (values * share_below(values)).to(out.dtype.element_ty), mask=inside)
 
 
 def add_norm(x: Tensor, added: list[Tensor], weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:

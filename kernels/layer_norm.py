@@ -3,11 +3,14 @@
     y  = (x - mean) / deviation * weight + bias                          deviation = sqrt(variance + eps)
     dx = onto + (d - mean(d) - z mean(d z)) / deviation                  d = dy * weight, z = (x - mean) / deviation
 
-The definition is `F.layer_norm` and its autograd. A program takes one row, which fits into registers (4544 values are 18 a
-thread at 8 warps), so x is read once and the mean, the variance and the result come from the same copy. In the backward mean and
+The definition is `F.layer_norm` and its autograd. A program takes one row, which fits into registers (4544 values lie in a tile of 8192,
+32 a thread at 8 warps), so x is read once and the mean, the variance and the result come from the same copy. In the backward mean and
 deviation are computed again from the row that is read anyway: keeping them would save nothing.
 
 `onto` is the gradient that flows past the norm along the residual. Added here, it costs one read in place of a pass of its own.
+
+Warps, ms for 8192 rows of 4544 in bfloat16 on one H100, forward / backward: 4 warps 0.091 / 0.154, 8 warps 0.076 / 0.167, 16 warps
+0.306 / 0.162.
 """
 
 import torch
@@ -67,6 +70,6 @@ def norm_backward(x: Tensor, weight: Tensor, eps: float, grad: Tensor, onto: Ten
         with torch.cuda.device_of(x):
             backward_kernel[m,](
                 x, weight, grad, onto, out, n, x.stride(0), grad.stride(0), onto.stride(0), eps,
-                BLOCK=triton.next_power_of_2(n), num_warps=4,
+                BLOCK=triton.next_power_of_2(n), num_warps=4 if n <= 8192 else 16,
             )  # fmt: skip
     return out

@@ -24,7 +24,7 @@ BLOCK_H = 32        # heads that a program has in its hands
 
 @triton.jit
 def angles(cosine, sine, row, period, d, d_ok, HEAD_DIM: tl.constexpr):
-    """Cosine and sine (HALF,) of a token; the tables hold `period` tokens, and repeat."""
+    """Cosine and sine (HALF,) of a token. The tables hold `period` tokens, and repeat; the halves of their rows are equal."""
     at = (row % period) * HEAD_DIM + d
     return tl.load(cosine + at, mask=d_ok, other=0).to(tl.float32), tl.load(sine + at, mask=d_ok, other=0).to(tl.float32)
 
@@ -65,6 +65,7 @@ def turn_back_kernel(
     dq_batch, dq_head, dq_token, dk_batch, dk_head, dk_token, dv_batch, dv_head, dv_token,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
+    # part 0 is the key's gradient, 1 the value's, 2 and more are the queries'.
     row, kv_head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     batch, token = row // tokens, row % tokens
     HALF_DIM: tl.constexpr = HEAD_DIM // 2
@@ -84,7 +85,7 @@ def turn_back_kernel(
         b = tl.load(source + HALF_DIM, mask=ok, other=0).to(tl.float32)
         store_turned_back(out + (i * HEAD_DIM)[:, None] + d[None, :], a, b, c[None, :], s[None, :], ok, HALF_DIM)
     else:
-        # The first part sums the key's gradients over the group, the second the value's, which has not been turned.
+        # A sum over the group. The value has not been turned.
         if part == 0:
             summed = dk + batch * dk_batch + token * dk_token
             head_stride = dk_head
@@ -122,6 +123,7 @@ def turn(qkv: Tensor, rotary: tuple[Tensor, Tensor] | None, kv_heads: int, head_
     assert qkv.stride(1) == 1 and head_dim % 2 == 0
     query, key = qkv.new_empty(m, kv_heads * group, head_dim), qkv.new_empty(m, kv_heads, head_dim)
     cosine, sine, period = tables(rotary)
+    assert m % period == 0
     if m:
         with torch.cuda.device_of(qkv):
             turn_kernel[m, triton.cdiv(kv_heads * (group + 1), BLOCK_H)](

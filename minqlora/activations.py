@@ -303,7 +303,9 @@ def fused_products(config: FalconConfig, flags: Flags) -> dict[str, int]:
 def left_by_fused_block(config: FalconConfig, flags: Flags) -> tuple[int, int, int]:
     """x A^T of its four linears, always; its products in as many blocks as keep_bytes is enough for, as fast.py counts, and in the last."""
     qkv, dense, up, _ = block_linears(config)
-    each = flags.rows(up.out_features + 2 * qkv.out_features + dense.in_features)
+    repeated = 1 < config.num_kv_heads < config.num_attention_heads
+    read = 3 * config.num_attention_heads * config.head_dim if repeated else qkv.out_features
+    each = flags.rows(up.out_features + qkv.out_features + dense.in_features + read)
     blocks = min(config.num_hidden_layers, max(1, flags.keep_bytes // each))
     return flags.rows(4 * flags.rank), sum(fused_products(config, flags).values()), blocks
 

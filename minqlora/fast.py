@@ -6,11 +6,14 @@ forward and backward of a whole parallel block, installed over a Falcon by `fuse
 **1. LoRA costs more in traffic than in arithmetic.** Written out, `base(x) + scale * B(A(x))` reads and writes the large output three
 times. But a sum of two products is one product over a longer inner dimension:
 
-    y = x W^T + (x A^T) (scale B)^T = [x | x A^T] [W | scale B]^T                    (M, K + rank) times (N, K + rank)^T
+    y = x W^T + (D(x) A^T) (scale B)^T = [x | D(x) A^T] [W | scale B]^T              (M, K + rank) times (N, K + rank)^T
 
-The weight is dequantized into a workspace anyway, so `scale B` goes into `rank` more columns of it, and x has `rank` spare columns
-where x A^T is written. One matrix product, accumulated in float32, no pass over y. The backward has the same form: dy times
-[W | scale B] is [dy W | d(x A^T)], both at once.
+for M tokens, K = in_features, N = out_features, and D the dropout. The weight is dequantized into a workspace anyway, so `scale B` goes
+into `rank` more columns of it, and x has `rank` spare columns where x A^T is written. One matrix product, accumulated in float32, no
+pass over y. The backward has the same form, dy times [W | scale B]; its spare columns are called `inner`:
+
+    [dy W | inner] = dy [W | scale B]                inner = dy (scale B)    (M, rank)
+    dx = dy W + D(inner A)                           dA = inner^T D(x)       dB = scale dy^T (D(x) A^T)
 
 **2. Linears that share an input, or add into one output, are one product.** Where a block has one norm (7b, 11B), the projection up and
 query_key_value read the same h; in every parallel block the projection down and dense add into the residual:
@@ -18,15 +21,17 @@ query_key_value read the same h; in every parallel block the projection down and
     [up | qkv] = [h | h A_up^T | h A_qkv^T] [[W_up, s B_up, 0], [W_qkv, 0, s B_qkv]]^T
     out        = x + [g | a | g A_down^T | a A_dense^T] [W_down | W_dense | s B_down | s B_dense]^T
 
-with h = norm(x), g = gelu(up), a = attention(qkv).
+with h = norm(x), g = gelu(up), a = attention(qkv), s = scale. Such a set of linears is a `Product` below; in the code the two are the
+readers (of h) and the writer (into x).
 
-**3. Recomputing a whole block computes what nobody reads.** The backward of a linear wants its *input*, never its output. So when only x
-is kept, the products down and dense, half of the block, need not be done again: a step costs 2.5 forward passes and not 3. What is
-small and dear is kept beside x: x A^T of all four linears, 4 * rank values a token. Where memory is left over (`keep_bytes`), the last
-blocks keep their products and their attention too, and recompute norm and GELU alone: 2 forward passes.
+**3. Recomputing a whole block computes what nobody reads.** W is frozen, so the backward of a linear is one product, dy W, as its
+forward is; computing a block again makes three. But a backward wants a linear's *input*, never its output. So when only x is kept, the
+products down and dense, half of the block, need not be done again: a step costs 2.5 forward passes and not 3. What is small and dear is
+kept beside x: x A^T of all four linears, 4 * rank values a token. Where memory is left over (`keep_bytes`), the last blocks keep their
+products and their attention too, and recompute norm and GELU alone: 2 forward passes.
 
 The backward works in as few matrices as it can: GELU's overwrites up by g and dg by d up, and d qkv lands beside d up, where the next
-product wants it. A block can therefore be walked back once, not twice (no `retain_graph`).
+product wants it. What was kept is used up by that; walked back a second time, a block computes everything again.
 
 On a CPU every step is PyTorch's own function; on a GPU what stands between the products is in `kernels/`: norm, GELU, rotary positions and
 dropout. Nothing is left to torch.compile, which would compile anew for each shape that a batch has.
@@ -88,7 +93,10 @@ def gelu_backward_(u: Tensor, grad: Tensor, inner: Tensor | None, A: Tensor | No
 
 
 def drop(x: Tensor, probability: float, seed: Tensor) -> Tensor:
-    """Dropout that a backward can repeat: the seed () decides what is kept, so that no mask is stored. x is (M, N)."""
+    """Dropout of x (M, N) that a backward can repeat: the seed () decides what is kept, so that no mask is stored.
+
+    On a CPU a seed keeps other values than on a GPU.
+    """
     if x.is_cuda:
         from minqlora.kernels.dropout import drop as kernel
 
@@ -98,7 +106,10 @@ def drop(x: Tensor, probability: float, seed: Tensor) -> Tensor:
 
 
 class Attended:
-    """Attention between the products, forward and backward: qkv (M, rows of query_key_value), a row a token -> mixed (M, hidden_size)."""
+    """Attention between the products, forward and backward: qkv (M, qkv_features), a row a token -> output (M, hidden_size).
+
+    shape is (batch, tokens), M = batch * tokens.
+    """
 
     def __init__(self, attention: FalconAttention, qkv: Tensor, shape: torch.Size, context: Context, keep: bool):
         self.attention, self.shape, self.context = attention, shape, context
@@ -127,7 +138,11 @@ class Attended:
         return self.mixed.detach().flatten(0, 1).flatten(1)
 
     def backward_into(self, grad: Tensor, out: Tensor) -> None:
-        """The gradient of qkv into out, columns of a wider matrix, from that of the output. Once."""
+        """The gradient of qkv into out, columns of a wider matrix, from that of the output. Once.
+
+        grad may overlap with out: it has been read before anything is written.
+        """
+        # Contiguous: given a strided one, for grouped keys, cuDNN's backward in torch 2.11 is off by 100 %.
         changes = torch.autograd.grad(self.mixed, self.read, grad.contiguous().view(self.mixed.shape))
         self.mixed = self.read = None
         if out.is_cuda:
@@ -239,7 +254,7 @@ def dequantize_into(base: nn.Module, out: Tensor) -> None:
 
 
 class FusedBlock:
-    """A parallel FalconBlock in three steps: read (norm, the linears behind it), mix (attention), write (the linears that add into x)."""
+    """A parallel FalconBlock in three steps: norm and the linears behind it, attention, and the linears that add into x."""
 
     def __init__(self, block: FalconBlock):
         self.attention = block.self_attention
@@ -254,8 +269,16 @@ class FusedBlock:
         self.seeds = [slice(0, 2)] if len(self.readers) == 1 else [slice(0, 1), slice(1, 2)]    # the readers' among the four
         self.adapters = [matrix for linear in (up, qkv, down, dense) for matrix in (linear.lora_A, linear.lora_B)]
         # What a kept block holds a token: up and qkv, the mixed values, and the turned queries, keys and values that attention's own
-        # backward reads.
-        self.kept_width = up.out_features + 2 * qkv.out_features + dense.in_features
+        # backward reads. Where several heads share one of several keys, those are repeated for each head.
+        attention, heads = self.attention, block.config.num_attention_heads
+        repeated = 1 < attention.kv_heads < heads
+        read = 3 * heads * attention.head_dim if repeated else qkv.out_features
+        self.kept_width = up.out_features + qkv.out_features + dense.in_features + read
+
+    def drops(self) -> tuple[float, ...]:
+        """The rate of dropout of each linear, in the order of `adapters`."""
+        linears = [linear for product in (*self.readers, self.writer) for linear in product.linears]
+        return tuple(linear.dropout if drops(linear) else 0.0 for linear in linears)
 
     def normed(self, x: Tensor) -> list[Tensor]:
         """norm(x) for each reader, (M, full_width), with the spare columns still to fill."""
@@ -265,8 +288,8 @@ class FusedBlock:
             norm_into(x, norm, inputs[-1][:, : product.width])
         return inputs
 
-    def read(self, inputs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-        """[up (M, ffn), qkv (M, rows of query_key_value)]"""
+    def up_and_qkv(self, inputs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+        """[up (M, ffn), qkv (M, qkv_features)]"""
         outputs = [h @ weight.T for h, weight in zip(inputs, weights, strict=True)]
         return [y[:, places] for y, product in zip(outputs, self.readers, strict=True) for places in product.places]
 
@@ -276,11 +299,12 @@ class FusedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, block, context, shape, keep, *adapters):
-        writer, seeds = block.writer, torch.randint(2**31, (4,), device=x.device)    # of dropout, drawn where they are used
+        # Seeds (4,) of dropout for up, qkv, down, dense, drawn where they are used.
+        writer, seeds = block.writer, torch.randint(2**31, (4,), device=x.device)
         inputs = block.normed(x)
         for h, product, some in zip(inputs, block.readers, block.seeds, strict=True):
             product.add_lora_columns(h, seeds[some])
-        up, qkv = block.read(inputs, [product.weight(x) for product in block.readers])
+        up, qkv = block.up_and_qkv(inputs, [product.weight(x) for product in block.readers])
         attended = Attended(block.attention, qkv, shape, context, keep)
         g = x.new_empty(len(x), writer.full_width)
         gelu_into(up, g[:, writer.columns[0]])
@@ -288,17 +312,21 @@ class FusedForward(torch.autograd.Function):
         writer.add_lora_columns(g, seeds[2:])
         out = torch.addmm(x, g, writer.weight(x).T)
 
-        ctx.block, ctx.context, ctx.shape = block, context, shape
+        ctx.block, ctx.context, ctx.shape, ctx.dropped = block, context, shape, block.drops()
         ctx.kept = (up, attended) if keep else None
-        # Copies of the spare columns: a view would keep all of the matrix it looks at.
+        # Copies of the spare columns: a view would keep all of the matrix it looks at. The adapters are saved so that autograd notices
+        # if they change before the backward.
         spare = [h[:, product.width :].clone() for h, product in zip(inputs, block.readers, strict=True)]
-        ctx.save_for_backward(x, seeds, g[:, writer.width :].clone(), *spare)
+        ctx.save_for_backward(x, seeds, g[:, writer.width :].clone(), *spare, *adapters)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        block, (x, seeds, written, *spare) = ctx.block, ctx.saved_tensors
+        block, (x, seeds, writer_xa, *saved) = ctx.block, ctx.saved_tensors
         readers, writer = block.readers, block.writer
+        readers_xa = saved[: len(readers)]
+        if ctx.dropped != block.drops():
+            raise RuntimeError("the model changed between train() and eval(), or its dropout, between a forward and its backward")
         # One matrix holds first [dg | da | of the spare columns], then [d up | d qkv].
         up_rows, rows = readers[0].places[0].stop, sum(product.rows for product in readers)
         matrix = x.new_empty(len(x), max(writer.full_width, rows))
@@ -306,13 +334,13 @@ class FusedForward(torch.autograd.Function):
         torch.mm(grad, writer.weight(x), out=wide)                   # before the readers' weights are there: one workspace at a time
 
         inputs = block.normed(x)
-        for h, filled, product in zip(inputs, spare, readers, strict=True):
-            h[:, product.width :] = filled
+        for h, xa, product in zip(inputs, readers_xa, readers, strict=True):
+            h[:, product.width :] = xa
         weights = [product.weight(x) for product in readers]
         if ctx.kept is not None:
-            up, attended = ctx.kept
+            (up, attended), ctx.kept = ctx.kept, None
         else:
-            up, qkv = block.read(inputs, weights)
+            up, qkv = block.up_and_qkv(inputs, weights)
             attended = Attended(block.attention, qkv, ctx.shape, ctx.context, keep=True)
 
         first, second = writer.columns
@@ -323,25 +351,25 @@ class FusedForward(torch.autograd.Function):
             gelu_backward_(up, wide[:, first], writer.inner(wide, 0), writer.linears[0].lora_A.to(x.dtype))
         g = up                                                       # what gelu_backward_ left in its place
         writer.add_lora_gradient_(wide, 1, seeds[3])
-        written_adapters = writer.adapter_gradients([g, attended.output], written, wide, [grad, grad], seeds[2:])
-        ctx.kept = up = g = qkv = None                               # their memory is wanted below
+        writer_adapters = writer.adapter_gradients([g, attended.output], writer_xa, wide, [grad, grad], seeds[2:])
+        up = g = qkv = None                                          # their memory is wanted below
         attended.backward_into(wide[:, second], matrix[:, up_rows:rows])
 
-        grad_x, read_adapters = grad, []
+        grad_x, reader_adapters = grad, []
         parts = slices([product.rows for product in readers])        # of [d up | d qkv]
         for norm, product, h, part, weight, some in zip(block.norms, readers, inputs, parts, weights, block.seeds, strict=True):
             grad_y = matrix[:, part]
             # The first block's input is the embedding, which is frozen: only the spare columns' gradient is wanted.
             start = 0 if ctx.needs_input_grad[0] else product.width
-            wide = x.new_empty(len(x), product.full_width)
-            torch.mm(grad_y, weight[:, start:], out=wide[:, start:])
-            read = [h[:, : product.width]] * len(product.linears)
+            wide_h = x.new_empty(len(x), product.full_width)
+            torch.mm(grad_y, weight[:, start:], out=wide_h[:, start:])
+            hs = [h[:, : product.width]] * len(product.linears)
             grads = [grad_y[:, places] for places in product.places]
-            read_adapters += product.adapter_gradients(read, h[:, product.width :], wide, grads, seeds[some])
+            reader_adapters += product.adapter_gradients(hs, h[:, product.width :], wide_h, grads, seeds[some])
             if start == 0:
-                product.add_lora_gradients_(wide, seeds[some])
-                grad_x = norm_backward(x, norm, wide[:, : product.width], grad_x)
-        return grad_x if ctx.needs_input_grad[0] else None, None, None, None, None, *read_adapters, *written_adapters
+                product.add_lora_gradients_(wide_h, seeds[some])
+                grad_x = norm_backward(x, norm, wide_h[:, : product.width], grad_x)
+        return grad_x if ctx.needs_input_grad[0] else None, None, None, None, None, *reader_adapters, *writer_adapters
 
 
 def fuse(model: Falcon, keep_bytes: int = 0) -> list[FusedBlock]:
@@ -350,6 +378,9 @@ def fuse(model: Falcon, keep_bytes: int = 0) -> list[FusedBlock]:
     keep_bytes is the memory to spend on not computing again: as many blocks as fit keep their products, the last ones first, since their
     memory is free again when the backward comes to the others. The last block always keeps its own: its backward, the first,
     would need as much. Decoding with a cache goes on as before. Returns the blocks' fused halves.
+
+    The linears are taken as they stand: whoever replaces one afterwards (merge_lora) undoes it first, by `del block.forward`. ValueError
+    for a model that these functions do not cover.
     """
     layers, config = model.transformer.h, model.config
     if not config.parallel_attn or config.bias or config.hidden_dropout or (config.alibi and config.attention_dropout):
@@ -359,6 +390,9 @@ def fuse(model: Falcon, keep_bytes: int = 0) -> list[FusedBlock]:
     bare = [name for name, linear in linears(layers).items() if not isinstance(linear, LoRALinear)]
     if bare:
         raise ValueError(f"the fused block wants LoRA on all linears of every block; without an adapter: transformer.h.{bare[0]}, ...")
+    loose = [name for name, p in model.named_parameters() if p.requires_grad and not name.endswith(("lora_A", "lora_B"))]
+    if loose:
+        raise ValueError(f"the fused block and loss train adapters alone, and {loose[0]} requires a gradient too")
     model.checkpointing = False                                      # a fused block has its own
     blocks = [FusedBlock(block) for block in layers]
     for index, (block, fused) in enumerate(zip(layers, blocks, strict=True)):

@@ -20,6 +20,7 @@ from minqlora.falcon import Falcon
 from minqlora.fast import FusedBlock
 
 IGNORED = -100    # a label that is not in the loss, as in torch's cross_entropy
+CHUNK = 2048      # tokens whose logits are there at a time
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, losses: Tensor) -> None:
@@ -40,22 +41,27 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, labels, chunk):
-        grad, losses = torch.empty_like(hidden), hidden.new_empty(len(hidden), dtype=torch.float32)
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None      # not in an evaluation
         for start in range(0, len(hidden), chunk):
             some = slice(start, start + chunk)
             logits = hidden[some] @ head.T                                        # (chunk, vocab)
             cross_entropy_(logits, labels[some], losses[some])
-            torch.mm(logits, head, out=grad[some])
+            if grad is not None:
+                torch.mm(logits, head, out=grad[some])
         ctx.save_for_backward(grad)
         return losses.sum()
 
     @staticmethod
     def backward(ctx, grad_loss):
         (grad,) = ctx.saved_tensors
-        return grad * grad_loss.to(grad.dtype), None, None, None
+        scaled = torch.empty_like(grad)
+        for some, out in zip(grad.split(1024), scaled.split(1024), strict=True):
+            out.copy_(some.float() * grad_loss)                                   # 16 bits would round one over the number of tokens
+        return scaled, None, None, None
 
 
-def fused_loss(model: Falcon, batch, chunk: int = 2048) -> Tensor:
+def fused_loss(model: Falcon, batch, chunk: int = CHUNK) -> Tensor:
     """The sum over the learned tokens of their cross-entropies, in float32: (). batch is data.py's."""
     hidden = model.hidden_states(batch.input_ids, batch.attention_mask).flatten(0, 1)      # (batch * tokens, hidden_size)
     before = hidden.index_select(0, batch.learned - 1)                                     # (learned, hidden_size)
@@ -66,8 +72,8 @@ class GraphedLoss:
     """fused_loss for a model in training on a GPU, replayed from a recording a shape. Batches above `most_tokens` are computed as usual.
 
     Where a batch is that large the GPU is busy long enough for the host to keep ahead, and a recording would only hold on to memory.
-    `blocks` is what `fuse(model)` returned. A loss is walked back, and once, before the next is computed: all leave their gradients in
-    one place.
+    `blocks` is what `fuse(model)` returned; alpha and dropout stay what they are at the first recording. RuntimeError if a loss is not
+    walked back, once, before the next is computed: all leave their gradients in one place.
     """
 
     def __init__(self, model: Falcon, blocks: list[FusedBlock], most_tokens: int = 4096):
@@ -76,16 +82,18 @@ class GraphedLoss:
         # All recordings write here, and backward makes it the parameters' own: a gradient is in memory once, with a recording or without.
         self.gradients = []                                                       # made with the first recording
         self.recordings, self.pool = {}, None
-        # Autograd asks for one input that wants a gradient. It must not be the parameters: a graph of the step before, still alive on
-        # another stream, would pull that stream into a recording.
+        self.turn = 0                                                             # which loss the gradients belong to
+        # Autograd asks for one input that wants a gradient. It must not be the parameters: autograd remembers the stream on which a
+        # parameter first got a gradient, and a backward waits for it. In a recording, to wait for a stream outside of it is an error.
         self.anchor = torch.zeros((), device=self.parameters[0].device, requires_grad=True)
 
     def __call__(self, model: Falcon, batch) -> Tensor:
         rows, tokens = batch.input_ids.shape
         padded = -(-tokens // 64) * 64
         fits = rows * padded <= self.most_tokens and padded <= model.config.max_position_embeddings
-        if not (torch.is_grad_enabled() and fits) or batch.attention_mask is not None:
+        if not (torch.is_grad_enabled() and model.training and fits) or batch.attention_mask is not None:
             return fused_loss(model, batch)
+        # Any token may stand for padding on the right: no other looks there, and it has no label.
         ids = F.pad(batch.input_ids, (0, padded - tokens))
         # The label of a token is the one to its right; the last of a row has none.
         labels = F.pad(batch.labels[:, 1:], (0, padded - tokens + 1), value=IGNORED)
@@ -99,6 +107,8 @@ class GraphedLoss:
                 parameter.grad = gradient.clone()
         if ids.shape not in self.recordings:
             self.recordings[ids.shape] = self.record(ids, labels)
+        self.turn += 1
+        # A graph reads and writes the same addresses each time: a batch is copied in, the loss out.
         graph, static_ids, static_labels, loss = self.recordings[ids.shape]
         static_ids.copy_(ids)
         static_labels.copy_(labels)
@@ -117,7 +127,8 @@ class GraphedLoss:
         def step() -> Tensor:
             with torch.enable_grad():
                 hidden = self.model.hidden_states(ids).flatten(0, 1)
-                loss = ChunkedLoss.apply(hidden, self.model.lm_head.weight, labels.flatten(), 2048)
+                # Of all tokens, ignored ones too: how many are learned changes from batch to batch, and a recording has one shape.
+                loss = ChunkedLoss.apply(hidden, self.model.lm_head.weight, labels.flatten(), CHUNK)
                 torch._foreach_copy_(self.gradients, torch.autograd.grad(loss, stand_ins))
             return loss.detach()
 
@@ -125,10 +136,12 @@ class GraphedLoss:
             # Twice on a stream of its own, so that everything that happens once (compilation, workspaces) has happened.
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
+            # They must not use up random numbers: a resumed run records at other steps, and has to repeat this one's.
+            with torch.cuda.stream(stream), torch.random.fork_rng([ids.device]):
                 step()
                 step()
             torch.cuda.current_stream().wait_stream(stream)
+            # One pool for all: only one is replayed at a time, so what they hold in between may be the same memory.
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 loss = step()
@@ -145,12 +158,16 @@ class Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, anchor, graphed, ids, labels):
-        ctx.graphed = graphed
-        return graphed.replay(ids, labels)
+        loss = graphed.replay(ids, labels)
+        ctx.graphed, ctx.turn = graphed, graphed.turn
+        return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         graphed = ctx.graphed
+        if ctx.turn != graphed.turn:
+            raise RuntimeError("a replayed loss is walked back once, and before the next is computed: its gradients are gone")
+        graphed.turn += 1
         torch._foreach_mul_(graphed.gradients, grad_loss)
         for parameter, gradient in zip(graphed.parameters, graphed.gradients, strict=True):
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)

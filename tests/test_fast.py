@@ -126,8 +126,36 @@ def test_what_the_fused_block_cannot_do_is_refused():
     sequential = adapted(FalconConfig(**SMALL, multi_query=False, alibi=True, parallel_attn=False))
     with pytest.raises(ValueError, match="parallel"):
         fuse(sequential)
+    trained = adapted(VARIANTS["7b"])
+    trained.transformer.ln_f.requires_grad_()
+    with pytest.raises(ValueError, match=r"transformer\.ln_f\.weight requires a gradient"):
+        fuse(trained)
     with pytest.raises(ValueError, match=r"attention_dropout 0\.1"):
         fuse(adapted(FalconConfig(**SMALL, alibi=True, attention_dropout=0.1)))
+
+
+def test_what_changes_between_a_forward_and_its_backward_is_an_error():
+    model, batch = adapted(VARIANTS["7b"], dropout=0.3), a_batch(97)
+    fuse(model)
+    loss = fused_loss(model, batch)
+    model.eval()
+    with pytest.raises(RuntimeError, match="between a forward and its backward"):
+        loss.backward()
+    model.train()
+    loss = fused_loss(model, batch)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.dense_h_to_4h.lora_B += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_fused_model_may_be_walked_back_twice():
+    model, batch = adapted(VARIANTS["7b"]), a_batch(97)
+    fuse(model, keep_bytes=10**9)
+    loss, parameters = fused_loss(model, batch), [p for p in model.parameters() if p.requires_grad]
+    once = torch.autograd.grad(loss, parameters, retain_graph=True)
+    for first, second in zip(once, torch.autograd.grad(loss, parameters), strict=True):
+        assert torch.equal(first, second)
 
 
 def test_a_fused_model_decodes_as_before():
@@ -171,6 +199,22 @@ def test_gradients_of_replayed_batches_add_up_though_they_share_one_place(monkey
     for parameter, gradient in zip(graphed.parameters, expected, strict=True):
         # Padding changes the order of a sum: some sqrt(400) roundings of 6e-8 in each of 3 layers, forward and back.
         assert (parameter.grad - gradient).norm() <= 400**0.5 * 6 * 6e-8 * 2 * gradient.norm()
+
+
+def test_a_replayed_loss_is_walked_back_once_and_before_the_next(monkeypatch):
+    model = adapted(VARIANTS["7b"])
+    graphed = GraphedLoss(model, fuse(model), most_tokens=256)
+    monkeypatch.setattr(GraphedLoss, "record", record_on_a_cpu)
+    first, second = graphed(model, a_batch(97)), graphed(model, a_batch(97))
+    with pytest.raises(RuntimeError, match="before the next is computed"):
+        first.backward()
+    second.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="walked back once"):
+        second.backward()
+    # Without dropout, or without a gradient, nothing is replayed: a recording is of the model in training.
+    turn = graphed.turn
+    graphed(model.eval(), a_batch(97))
+    assert graphed.turn == turn
 
 
 @pytest.mark.gpu
