@@ -13,7 +13,8 @@ single program would walk along the whole cache. So the slots are cut into stret
     peak_s = max over its scores      total_s = sum exp(score - peak_s)      acc_s = sum exp(score - peak_s) v
 
 and a second kernel brings them to one peak and adds them, in a fixed order: exp(peak_s - peak) is what each stretch weighs. For a large
-batch the rows are programs enough and the stretches are long, since what they leave for the second kernel is as large as 64 keys.
+batch the rows are programs enough and the stretches are long, since what each leaves for the second kernel, a float32 head for every query,
+is as large as `group` slots of the cache: 71 for Falcon-7B.
 
 **All the queries of a key head together.** They are the rows of one matrix product, which reads each key once: 71 for Falcon-7B, padded
 to 128. A head is kept as its two halves, because a rotation turns value i of the first half with value i of the second; a score is
@@ -147,11 +148,13 @@ def decode_attention(
 
     keys and values (batch, kv_heads, length, head_dim) take the new token in slot `filled`, () on the device, which stays as it is.
     positions (batch, length), int32: which position a slot's token has, -1 for padding; that of the new token is there already.
-    rotary: cosine and sine (positions, head_dim / 2). bias: ALiBi's, (heads, positions), added to the scaled scores.
+    rotary: cosine and sine (positions, head_dim / 2). bias: ALiBi's, (heads, positions), added to the scaled scores. That filled < length
+    is the caller's to see to: it is read on the device.
     """
     batch, kv_heads, length, head_dim = keys.shape
     group = qkv.shape[1] // (kv_heads * head_dim) - 2
-    assert qkv.is_contiguous() and keys.is_contiguous() and values.is_contiguous() and positions.is_contiguous() and head_dim % 2 == 0
+    tables = (*(rotary or ()), *(() if bias is None else (bias,)))
+    assert all(t.is_contiguous() for t in (qkv, keys, values, positions, *tables)) and head_dim % 2 == 0
     block_h, block_l = min(128, max(16, triton.next_power_of_2(group))), 64
     tiles = triton.cdiv(group, block_h)
     slots_a_split = stretch(batch * kv_heads * tiles, length) if slots_a_split is None else slots_a_split

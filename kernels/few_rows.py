@@ -18,7 +18,8 @@ make one product and the odd ones another: nothing is ever interleaved.
 each with its own stretch of k, and a second kernel adds their float32 results in a fixed order: the same bits every time.
 
 Up to 16 rows, any out_features, any even in_features; float32, float16 and bfloat16. in_features is even in every model
-there is; an odd one would put the two halves of a byte in two rows, and takes the dequantized path.
+there is; an odd one would put the two halves of a byte in two rows, and takes the dequantized path. Rows that are no whole blocks look
+up by a gather; on a GPU matmul_4bit.py does not send them here.
 
 **The ladder**, ms a call, bfloat16, doubly quantized, one H100 in a CUDA graph over rotating weights; up (18176 x 4544) / qkv
 (4672 x 4544):
@@ -31,8 +32,10 @@ there is; an odd one would put the two halves of a byte in two rows, and takes t
     dequantize to a workspace, then cuBLAS                    0.138 / 0.034    what a fused kernel has to beat
     few_rows_mma.py, one row                                  0.024 / 0.010    it says which lane holds which value
 
+Not measured: the forward with the pair table, since few_rows_mma.py takes its place on the GPU that these numbers are from.
+
 With a table in bfloat16 the gradient's weight is rounded twice, as a level and as level times absmax: its error against float64 was
-2.69e-3 where the workspace's is 2.33e-3. So a level that is still to be scaled is looked up in float16, which has three bits more.
+2.69e-3 where the workspace's is 2.33e-3. So the gradient's table is in float16, which has three bits more; then it was 2.33e-3.
 """
 
 import torch
@@ -51,7 +54,8 @@ from minqlora.kernels.pair_table import lookup_four, make_table
 def load_absmax(absmax, index, mask, absmax2, offset, code2, BLOCKSIZE2: tl.constexpr):
     """The absmax of the blocks in `index`.
 
-    Not `decode_absmax` of double_quant.py, which rounds twice as bitsandbytes does: a product has no bytes to agree with, and fuses.
+    Not `decode_absmax` of double_quant.py, which rounds twice as bitsandbytes does: a product has no bytes to agree with, and multiplies
+    and adds in one rounding.
     """
     if absmax2 is None:
         size = tl.load(absmax + index, mask=mask, other=0.0)
@@ -81,7 +85,7 @@ def product_kernel(
     BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, BLOCK_R: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, TABLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[split, m, n] = sum over the split's k of code[W[n, k]] * absmax[block of (n, k)] * x[m, k]"""
+    """out[split, m, n] = sum over the split's k of code[index of (n, k)] * absmax[block of (n, k)] * x[m, k]"""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)          # (BLOCK_N,) rows of W
     split = tl.program_id(1)
     m = tl.arange(0, BLOCK_M)                                       # (BLOCK_M,) rows of x
@@ -139,7 +143,7 @@ def grad_kernel(
     BLOCKSIZE: tl.constexpr, BLOCKSIZE2: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, TABLE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out[split, m, k] = sum over the split's n of dy[m, n] * code[W[n, k]] * absmax[block of (n, k)]
+    """out[split, m, k] = sum over the split's n of dy[m, n] * code[index of (n, k)] * absmax[block of (n, k)]
 
     The sum now runs down the rows of W, and each row has another absmax: it is multiplied into the weight before the product.
     """
@@ -210,10 +214,11 @@ BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R = 16, 64, 64, 32
 def product(x: Tensor, packed, absmax, code, out_features: int, blocksize: int, nested, bias, lora_xa, lora_B, scale, splits=None):
     """x (rows <= 16, in_features) · dequant(W)^T + bias + scale lora_xa lora_B^T, as (rows, out_features)."""
     rows, in_features = x.shape
+    assert rows <= BLOCK_M
     absmax2, offset, code2, blocksize2 = nested or (None, None, None, 1)
     rank = 0 if lora_B is None else lora_B.shape[1]
     block_k = min(blocksize, BLOCK_K)
-    whole = in_features % block_k == 0
+    whole = whole_blocks(in_features, blocksize)
     tiles, steps = triton.cdiv(out_features, BLOCK_N), triton.cdiv(in_features, block_k)
     splits, steps_a_split = split_evenly(steps, splits or wanted_splits(x, tiles, steps))
     out = torch.empty(splits, rows, out_features, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
@@ -229,9 +234,10 @@ def product(x: Tensor, packed, absmax, code, out_features: int, blocksize: int, 
 def grad(dy: Tensor, packed, absmax, code, in_features: int, blocksize: int, nested, splits=None):
     """dy (rows <= 16, out_features) · dequant(W), as (rows, in_features)."""
     rows, out_features = dy.shape
+    assert rows <= BLOCK_M
     absmax2, offset, code2, blocksize2 = nested or (None, None, None, 1)
     block_k = min(blocksize, BLOCK_K)
-    whole = in_features % block_k == 0
+    whole = whole_blocks(in_features, blocksize)
     tiles, steps = triton.cdiv(in_features, block_k), triton.cdiv(out_features, BLOCK_N)
     splits, steps_a_split = split_evenly(steps, splits or wanted_splits(dy, tiles, steps))
     out = torch.empty(splits, rows, in_features, dtype=dy.dtype if splits == 1 else torch.float32, device=dy.device)
@@ -244,12 +250,17 @@ def grad(dy: Tensor, packed, absmax, code, in_features: int, blocksize: int, nes
     return sum_splits(out, dy.dtype)
 
 
-def has_table(x: Tensor) -> bool:
-    """The pair table is NVIDIA's assembly, and its pairs are 16 bits a value. The interpreter and float32 take the gather.
+def whole_blocks(in_features: int, blocksize: int) -> bool:
+    """Whether a step's columns share a block in each row. If not, there is no pair table either.
 
-    So do rows that are no whole blocks. Triton does not know of the table's 32 KiB of shared memory: a program has 48 without asking, and
-    for such rows Triton plans for more than the rest.
+    Triton does not count the table's 32 KiB of shared memory. A launch has 48 without asking, and what Triton plans for ragged rows, which
+    it loads ahead, does not fit beside the table.
     """
+    return in_features % min(blocksize, BLOCK_K) == 0
+
+
+def has_table(x: Tensor) -> bool:
+    """The pair table is NVIDIA's assembly, and its pairs are 16 bits a value. The interpreter and float32 take the gather."""
     return x.is_cuda and torch.version.hip is None and x.dtype != torch.float32
 
 

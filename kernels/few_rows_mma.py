@@ -14,18 +14,18 @@ two loads. And a byte holds two neighbouring columns: one look-up in the pair ta
 
     byte 2 j + h of lane t  =  columns 16 t + 4 j + 2 h + (0, 1)  =  pair h of the lane in instruction j of four
 
-**The absmax** is multiplied after the product, in float32. A lane needs it for 2 rows of each block, and the four lanes of a quad need the
-same ones: each lane loads and decodes one (block, row), and three shuffles spread them.
+**The absmax** is multiplied after the product, in float32. A lane needs it for 2 rows of each block, and the lanes 4g to 4g + 3, a *quad*,
+need the same ones: each lane loads and decodes one (block, row), and three shuffles spread them.
 
 **The work is split along k twice**: the warps of a program take turns block by block, and add up at the end through shared memory; and
 if W has few rows and long ones, two programs share them (`splits`), and `sum_kernel` adds theirs. Both in a fixed order.
 
 **No masks on W.** The last blocks of a row rarely fill a step: the last step reaches back over blocks that are done, with absmax zero. The
 last rows of W rarely fill a tile: the last tile reaches back over rows that another program computes too, and both store
-the same values.
+the same values. (An infinity in the last columns of x becomes NaN by this: it is multiplied by zero.)
 
-So it needs whole blocks in a row (in_features and blocksize multiples of 64), 16 bits a value, and 16-byte addresses. Everything
-else takes another path; `matmul_4bit.py` has the rule.
+So it needs whole blocks in a row (in_features and blocksize multiples of 64) and eight of them, 16 rows of W, 16 bits a value, 16-byte
+addresses, and a Hopper GPU, for which it was measured. Everything else takes another path; `matmul_4bit.py` has the rule.
 
 **The ladder**, us a call for one row, one H100 in a CUDA graph over rotating weights: up (18176 x 4544), down (4544 x 18176), qkv
 (4672 x 4544). bitsandbytes takes 42.9, 41.5 and 14.2; cuBLAS, with a weight of 16 bits, 60, 63 and 18.
@@ -62,8 +62,10 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from minqlora.kernels.few_rows import after_previous, overlaps, sum_splits
 from minqlora.kernels.pair_table import LOOKUP_EIGHT, make_table_gluon, repeat
 
-# A layout is a list of bases: what doubling the register, lane or warp number adds to the position in the tensor. The lists below are
-# ordered: registers, lanes (t in the two low bits, g in the three high ones), warps.
+# A layout is a list of bases: basis i is what bit i of the register, lane or warp number adds to the position in the tensor. The lists
+# below are ordered: registers, lanes (t in the two low bits, g in the three high ones), warps; [] is for several programs together.
+# SliceLayout(axis, layout) is the layout without that axis. ROWS_OF_X is the instruction's eight.
+ROWS_OF_X = 8
 
 
 @gluon.constexpr_function
@@ -112,7 +114,12 @@ def axes(n0: gl.constexpr, n1: gl.constexpr, n2: gl.constexpr, layout: gl.conste
 
 @gluon.jit
 def decode(words, table, A: gl.constexpr, dtype: gl.constexpr):
-    """[block, row, t] of 8 bytes -> [block, row, 64 columns] as the instruction's operand. No value changes its lane."""
+    """[block, row, t] of 8 bytes -> [block, row, 64 columns] as the instruction's operand. No value changes its lane.
+
+    DotOperandLayout(..., 8) says: of 64 columns lane t holds 8 t ... 8 t + 7 and 32 + 8 t ... 32 + 8 t + 7, and instruction j takes pair
+    j of each half. So register h of instruction j is column 32 h + 8 t + 2 j + i. `assert_trivial`: it is an error if a value would
+    change its lane.
+    """
     types: gl.constexpr = repeat(dtype, 8)
     p = gl.inline_asm_elementwise(
         LOOKUP_EIGHT, "=r,=r,=r,=r,=r,=r,=r,=r,l,l,r,r", [gl.expand_dims(words, 3), table], dtype=types, is_pure=True, pack=2
@@ -191,7 +198,7 @@ def product_kernel(
         after_previous()
     # The product has three axes, [block, row of W, row of x]; the warps share the blocks.
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
-    A: gl.constexpr = gl.DotOperandLayout(0, mma, 8)
+    A: gl.constexpr = gl.DotOperandLayout(0, mma, 8)                # 8: see `decode`
     B: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
     S: gl.constexpr = gl.SliceLayout(2, mma)
     Y: gl.constexpr = gl.SliceLayout(0, mma)
@@ -224,7 +231,7 @@ def product_kernel(
         offset = gl.load(offset_at)
     b, k, m = axes(BLOCKS, 64, M, x_layout(BLOCKS, M, WARPS))
     x_at = x + (m * stride_x + b * 64 + k)
-    x_ok = (m < rows) & (b >= 0) & (k >= 0)                         # lanes without a row of x read nothing
+    x_ok = (m < rows) & (b >= 0) & (k >= 0)                         # without a row of x nothing is read; b and k give the mask its shape
 
     # Two steps are always on their way from memory while others are multiplied.
     one = load_step(begin, end, words_at, sizes_at, scales_at, size, BLOCKS, PER, BLOCKSIZE2)
@@ -254,6 +261,7 @@ def product_kernel(
 def product(x: Tensor, packed, absmax, code, out_features: int, blocksize: int, nested, bias, lora_xa, lora_B, scale):
     """x (rows <= 8, in_features) · dequant(W)^T + bias + scale lora_xa lora_B^T, as (rows, out_features)."""
     rows, in_features = x.shape
+    assert rows <= ROWS_OF_X
     absmax2, offset, code2, blocksize2 = nested or (None, None, None, 1)
     tiles, blocks = triton.cdiv(out_features, 16), in_features // 64
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count
@@ -266,6 +274,6 @@ def product(x: Tensor, packed, absmax, code, out_features: int, blocksize: int, 
         x, packed, absmax, code, absmax2, offset, code2, bias, lora_xa, lora_B, scale, out,
         rows, out_features, x.stride(0), 0 if lora_B is None else lora_B.shape[1], triton.cdiv(blocks, splits),
         IN=in_features, BLOCKSIZE=blocksize, BLOCKSIZE2=blocksize2,
-        ROWS=16, BLOCKS=8, M=8, WARPS=4, OVERLAP=overlap, num_warps=4, maxnreg=96, launch_pdl=overlap,
+        ROWS=16, BLOCKS=8, M=ROWS_OF_X, WARPS=4, OVERLAP=overlap, num_warps=4, maxnreg=96, launch_pdl=overlap,
     )  # fmt: skip
     return sum_splits(out, x.dtype, overlap)

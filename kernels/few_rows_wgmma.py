@@ -1,7 +1,7 @@
 """x · W^T for 9 to 128 rows, on Hopper's own tensor core instruction. In Gluon.
 
 With more rows the product itself begins to cost, and x no longer passes by unnoticed: every program reads all of it. So a tile has 128
-rows of W, and what Hopper brings for such work does the carrying.
+rows of W (64 for 33 to 64 rows of x), and what Hopper brings for such work does the carrying.
 
 **wgmma** multiplies 64 rows of W by up to 256 rows of x over 16 columns, in a *warpgroup* of four warps. W comes from registers, which is
 what decoding needs; x comes straight from shared memory, and no lane ever holds it.
@@ -223,6 +223,8 @@ def product_kernel(
 
 
 # Rows of x in a tile: rows of W in it, pairs of blocks on their way, and the fewest pairs that are worth a program of their own.
+# Triton counts more than 48 KiB of shared memory for each of these, and so asks for as much as there is; the pair table's 32, which it does
+# not count, fit beside it. Between 16 and 48 it would not ask, and the launch would fail.
 TILES = {16: (128, 4, 4), 32: (128, 3, 4), 64: (64, 3, 16), 128: (128, 3, 4)}
 
 

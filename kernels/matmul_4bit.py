@@ -1,5 +1,8 @@
 """y = x · W^T with W in 4 bits, and its gradient: the product that every linear of the model runs on a GPU.
 
+W is stored row by row in blocks of 64 values: w = code[4-bit index] * absmax[block], two indices a byte (nf4.py). absmax itself has 8 bits
+and, in groups, a scale (double_quant.py): 0.52 byte a weight. LoRA (lora.py) adds a product of two thin matrices to the output.
+
 The number of rows of x decides the way. A row is a token: one in a decode step, thousands in training.
 
 1. **Few rows**: the time is that of reading W. The weight is decoded inside the product, so that its packed 0.52 byte a weight is all
@@ -10,13 +13,14 @@ The number of rows of x decides the way. A row is a token: one in a decode step,
    `dequantize_4bit.py` writes W to a workspace in one launch, and cuBLAS reads it from there. The price is one pass over W whatever
    the rows, so its share shrinks as they grow.
 
-The gradient of x is the same choice with W not transposed. W itself is frozen; the bias and the two LoRA tensors get theirs.
+The gradient of x, dY W, takes few_rows.py up to 16 rows and the workspace beyond. W itself is frozen; the bias and the two LoRA tensors
+get their gradients.
 
 **Where they cross**, ms a call in a CUDA graph over rotating weights, one H100 (up is 18176 x 4544, qkv 4672 x 4544; bfloat16, doubly
 quantized; bold is what `fused_kernel` chooses):
 
     rows                      1            8            16           32           64           128
-    up    few_rows_mma      **0.024**    **0.028**     0.035
+    up    few_rows_mma      **0.024**    **0.028**     0.035     (16 rows with M = 16)
           few_rows_wgmma     0.035                   **0.034**    **0.037**    **0.048**    **0.089**
           workspace          0.138                    0.138                     0.139
           cuBLAS, bf16 W     0.060                    0.061                     0.063        0.065
@@ -42,10 +46,10 @@ from torch import Tensor
 from minqlora.kernels import few_rows, few_rows_mma, few_rows_wgmma
 from minqlora.kernels.dequantize_4bit import dequantize_4bit
 
-# Up to this many rows each kernel is the fastest; the table above.
-MMA_ROWS = 8
+# Up to this many rows each kernel is used; the table above. few_rows_mma.py and few_rows.py take no more.
+MMA_ROWS = few_rows_mma.ROWS_OF_X
 WGMMA_ROWS = 128
-PLAIN_ROWS = 16
+PLAIN_ROWS = few_rows.BLOCK_M
 
 
 def matmul_4bit(
@@ -67,14 +71,14 @@ def matmul_4bit(
     nested = (absmax2, offset, code2, blocksize2): then absmax holds its 8-bit codes, as double_quant.py makes them.
     lora_xa (..., rank) is x · lora_A^T; lora_B is (out_features, rank).
     """
-    check(x, packed, absmax, out_features, in_features, blocksize, lora_xa, lora_B)
+    check(x, packed, absmax, out_features, in_features, blocksize, nested, bias, lora_xa, lora_B)
     absmax2, offset, code2, blocksize2 = nested or (None, None, None, 0)
     return product(
         x, packed, absmax, code, out_features, in_features, blocksize, absmax2, offset, code2, blocksize2, bias, lora_xa, lora_B, scale
     )
 
 
-def check(x, packed, absmax, out_features, in_features, blocksize, lora_xa, lora_B) -> None:
+def check(x, packed, absmax, out_features, in_features, blocksize, nested, bias, lora_xa, lora_B) -> None:
     """What a caller can get wrong."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"x has dtype {x.dtype}; the kernels compute in float32, float16 or bfloat16")
@@ -85,6 +89,13 @@ def check(x, packed, absmax, out_features, in_features, blocksize, lora_xa, lora
         raise ValueError(f"packed holds {packed.numel()} bytes; a {out_features} x {in_features} weight needs {(n + 1) // 2}")
     if absmax.numel() != -(-n // blocksize):
         raise ValueError(f"absmax holds {absmax.numel()} blocks; a {out_features} x {in_features} weight has {-(-n // blocksize)}")
+    wanted = torch.float32 if nested is None else torch.uint8
+    if absmax.dtype != wanted:
+        raise ValueError(f"absmax has dtype {absmax.dtype}; {'without' if nested is None else 'with'} double quantization it is {wanted}")
+    if nested is not None and nested[0].numel() != -(-absmax.numel() // nested[3]):
+        raise ValueError(f"absmax2 holds {nested[0].numel()} scales; {absmax.numel()} blocks in groups of {nested[3]} have another number")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; it must be ({out_features},)")
     if (lora_xa is None) != (lora_B is None):
         raise ValueError("lora_xa and lora_B come together; one of them is None")
     if lora_B is not None and (lora_B.shape[0] != out_features or lora_xa.shape != (*x.shape[:-1], lora_B.shape[1])):
@@ -113,7 +124,7 @@ def product(
     nested = None if absmax2 is None else (absmax2, offset, code2, blocksize2)
     flat = x.reshape(-1, in_features)                              # (rows, in_features)
     xa = None if lora_xa is None else lora_xa.reshape(-1, lora_B.shape[1]).to(x.dtype).contiguous()         # (rows, rank)
-    lora_B = None if lora_B is None else lora_B.contiguous()
+    lora_B, bias = (None if t is None else t.contiguous() for t in (lora_B, bias))
     kernel = fused_kernel(flat, packed, out_features, blocksize)
     with torch.cuda.device_of(x):
         if kernel is not None:
@@ -136,20 +147,23 @@ def add_product(bias, x, weight, xa, lora_B, scale) -> Tensor:
 def fused_kernel(x: Tensor, packed: Tensor, out_features: int, blocksize: int):
     """The kernel that decodes the weight inside the product, or None where dequantizing it first is faster."""
     rows, in_features = x.shape
+    # 512 columns are a step of few_rows_mma.py, 16 rows its tile. wgmma exists on Hopper (9.0) alone.
     whole = in_features % 64 == 0 and in_features >= 512 and out_features >= 16 and blocksize % 64 == 0 and packed.data_ptr() % 16 == 0
     if rows > 0 and whole and few_rows.has_table(x) and torch.cuda.get_device_capability(x.device)[0] == 9:
         return few_rows_mma if rows <= MMA_ROWS else few_rows_wgmma if rows <= WGMMA_ROWS else None
-    return few_rows if is_plain(x, in_features) else None
+    return few_rows if is_plain(x, in_features, blocksize) else None
 
 
-def is_plain(x: Tensor, in_features: int) -> bool:
-    """Whether few_rows.py multiplies x. Without its table (float32 on a GPU) it would lose; the interpreter has nothing to lose."""
-    return 0 < x.shape[0] <= PLAIN_ROWS and in_features % 2 == 0 and (few_rows.has_table(x) or not x.is_cuda)
+def is_plain(x: Tensor, in_features: int, blocksize: int) -> bool:
+    """Whether few_rows.py multiplies x. On a GPU it would lose without its table; the interpreter has nothing to lose."""
+    fast = few_rows.has_table(x) and few_rows.whole_blocks(in_features, blocksize)
+    return 0 < x.shape[0] <= PLAIN_ROWS and in_features % 2 == 0 and (fast or not x.is_cuda)
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x with its values side by side in each row, and rows that begin at multiples of 16 bytes, as vector loads need them."""
-    if x.stride(1) == 1 and x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0:
+    """x with its values side by side in each row, and rows that begin at multiples of 16 bytes if its width allows: for vector loads."""
+    begins = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    if x.stride(1) == 1 and (begins or x.shape[1] * x.element_size() % 16):
         return x
     return x.clone(memory_format=torch.contiguous_format)
 
@@ -177,7 +191,7 @@ def product_grad(
     nested = None if absmax2 is None else (absmax2, offset, code2, blocksize2)
     flat = dy.reshape(-1, out_features)                            # (rows, out_features)
     with torch.cuda.device_of(dy):
-        if is_plain(flat, in_features):
+        if is_plain(flat, in_features, blocksize):
             dx = few_rows.grad(aligned(flat), packed, absmax, code, in_features, blocksize, nested)
         else:
             dx = flat @ dequantize_4bit(packed, absmax, (out_features, in_features), code, blocksize, dy.dtype, nested)

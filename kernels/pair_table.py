@@ -18,7 +18,12 @@ four bytes of one word with the four of another and adds the products to a third
 out a byte, scales it and adds the base. A shift and a mask would be three.
 
 Neither Triton nor Gluon has a name for a read at a computed place in shared memory, so these few lines are inline assembly. Every
-kernel that uses them has a twin in plain Triton (`lookup` in few_rows.py), which the interpreter runs.
+kernel that uses them has a twin in plain Triton (`lookup` in few_rows.py), which the interpreter runs, and float32.
+
+How to read it: `inline_asm_elementwise` runs the text once for `pack` neighbouring elements. "=r" is a 32-bit result, "r" a 32-bit and "l"
+a 64-bit argument, numbered $0, $1, ... in the order of that list. An argument comes once for each element, or packed where it is
+narrower: four bytes are one r. With pack=2 the two elements are the columns of one byte, with the same word and table: the second
+copies go unread.
 """
 
 import triton

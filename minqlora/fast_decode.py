@@ -17,15 +17,18 @@ slots that are filled at that time and no others.
 block has two chains that do not need each other, and the short one runs beside the long one:
 
     main   norm -> up ---------------------> GELU -> down ------------------------> + residual, in the next norm
-    side        -> x A^T, qkv, attention -'      -> g A^T, a A^T, dense ----------'
+    side        -> h A^T, qkv, attention -'      -> g A^T, a A^T, dense ----------'
 
-**Adapters off the long chain.** At rank 64 they add 6 % to what is read, but six small products a block, one after the other, would
+(h = norm(x), g = gelu(up), a = attention(qkv), s = alpha / rank, as in fast.py.)
+
+**Adapters off the long chain.** At rank 64 they add 6 % to what is read, but eight small products a block, one after the other, would
 cost far more. A of up and qkv stand above each other and are one product; it and the A of down and dense run on the side stream. Down and
 dense add into the same output, so one of them, dense, adds the LoRA part of both: [g A_down^T | a A_dense^T] [s B_down | s B_dense]^T. The
 products read copies in the model's dtype with B scaled, 2 bytes a value of the adapter, refreshed at each call.
 
 **What stays.** A model in eval mode keeps its last decoder: the copies, the cache, the recording; the next call with as many rows and
-no more tokens starts at once. A model in training mode is on its way to be trained, where memory is dear: it keeps nothing.
+no more tokens starts at once. A model in training mode is on its way to be trained, where memory is dear: asked then, it keeps nothing and
+forgets what it kept.
 
 On a CPU the same steps run unrecorded and every kernel's place is taken by what defines it; that is how they are tested without a GPU.
 """
@@ -141,6 +144,7 @@ class DecodeBlock:
         # What is made on one stream and read on the other is held in a variable until the next fork: memory is used again only
         # by what was launched after its readers.
         with decoder.side():
+            # One group of readers where the norm is shared, and then one input.
             xa_up, xa_qkv = [xa for group, some in zip(readers, (h, h_attention), strict=False) for xa in group.inner_of_each(some)]
             mixed = decoder.attend(self.attention, product(qkv, h_attention, xa_qkv, B_qkv))
         u = product(up, h)                                                            # (batch, ffn_hidden_size)
@@ -171,7 +175,7 @@ class Decoder:
         self.blocks = [DecodeBlock(block, weight.dtype) for block in model.transformer.h]
         self.cache = model.new_cache(batch, length)
         self.ids = torch.zeros(batch, dtype=torch.int64, device=weight.device)
-        self.graph = self.stream = self.logits = self.context = None
+        self.graph = self.stream = self.logits = self.context = self.last = None
         if not weight.is_cuda:
             return
         self.stream = torch.cuda.Stream(weight.device)
@@ -294,6 +298,9 @@ def addresses(model: Falcon) -> list[int]:
 def decoder_for(model: Falcon, batch: int, length: int) -> Decoder:
     # Taken out while in use: a second answer begun meanwhile gets a decoder of its own.
     decoder = DECODERS.pop(model, None)
+    if decoder is not None and decoder.last is not None:
+        # The last answer left a step under way, maybe on another stream.
+        torch.cuda.current_stream(decoder.ids.device).wait_event(decoder.last)
     if decoder is None or not decoder.fits(model, batch, length):
         decoder = None                                                                # its memory first
         rounded = -(-length // ROUND_LENGTH) * ROUND_LENGTH
@@ -334,4 +341,6 @@ def decode_steps(
                 return
     finally:
         if keep:
+            if decoder.graph is not None:
+                decoder.last = torch.cuda.current_stream(decoder.ids.device).record_event()
             DECODERS[model] = decoder
