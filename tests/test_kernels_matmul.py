@@ -194,6 +194,17 @@ def test_what_does_not_fit_is_named():
         w.product(random(2, 64), None, random(2, 4))
     with pytest.raises(ValueError, match="rank"):
         w.product(random(2, 64), None, random(2, 4), random(8, 5))
+    with pytest.raises(ValueError, match=r"bias has shape \(7,\)"):
+        w.product(random(2, 64), random(7))
+    with pytest.raises(ValueError, match=r"absmax has dtype torch\.uint8; without double quantization it is torch\.float32"):
+        matmul_4bit(random(2, 64), w.packed, w.absmax, w.code, 8, 64, 64)
+    with pytest.raises(ValueError, match="absmax2 holds 1 scales; 8 blocks in groups of 4"):
+        matmul_4bit(random(2, 64), w.packed, w.absmax, w.code, 8, 64, 64, (*w.nested[:3], 4))
+
+
+def test_a_bias_may_be_a_column():
+    w, bias = Weight(8, 64), random(8, 3)[:, 1]
+    assert torch.equal(w.product(random(2, 64), bias), w.product(random(2, 64), bias.contiguous()))
 
 
 # What only a GPU can run. rows, out_features, in_features, blocksize: each kernel at its first and last row, ragged tiles of W, a step that
