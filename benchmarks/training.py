@@ -39,6 +39,7 @@ from minqlora.fast_loss import GraphedLoss  # noqa: E402
 from minqlora.optim import make_optimizer  # noqa: E402
 from minqlora.train import answer_loss  # noqa: E402
 
+DEVICE = "cuda"
 ROWS = ("1x512", "4x512", "16x512", "1x2048", "4x2048")
 STACKS = ("readable", "fused", "kept", "hf", "hf16")
 
@@ -48,10 +49,24 @@ def tokens_of(row: str) -> tuple[int, int]:
     return int(batch), int(length)
 
 
+def stepper(new_loss, parameters, optimizer):
+    """A function that takes one step and returns its loss, on the device."""
+
+    def step():
+        loss = new_loss()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.3)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
 def our_step(args, row, stack):
     """A function that takes one step of ours on fresh tokens, and returns its loss on the device."""
     batch, length = tokens_of(row)
-    model = random_falcon(SHAPES[args.model])
+    model = random_falcon(SHAPES[args.model], DEVICE)
     add_lora(model, rank=args.rank, alpha=16, dropout=args.dropout, dtype=getattr(torch, args.adapters))
     model.train()
     loss = answer_loss
@@ -61,23 +76,18 @@ def our_step(args, row, stack):
         loss = GraphedLoss(model, fuse(model, keep_bytes=int(args.keep * 2**30) if stack == "kept" else 0))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, args.optimizer, lr=2e-4)
-    learned = torch.arange(batch * length, device="cuda").view(batch, length)[:, 1:].flatten()
+    learned = torch.arange(batch * length, device=DEVICE).view(batch, length)[:, 1:].flatten()
 
-    def step():
-        ids = torch.randint(model.config.vocab_size, (batch, length), device="cuda")
-        total = loss(model, Batch(ids, ids, learned=learned, attention_mask=None, tokens=batch * length)) / len(learned)
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 0.3)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return total.detach()
+    def new_loss():
+        ids = torch.randint(model.config.vocab_size, (batch, length), device=DEVICE)
+        return loss(model, Batch(ids, ids, learned=learned, attention_mask=None, tokens=batch * length)) / len(learned)
 
-    return step
+    return stepper(new_loss, parameters, optimizer)
 
 
 def hf_step(args, row, stack):
     batch, length = tokens_of(row)
-    model = make_hf(SHAPES[args.model])
+    model = make_hf(SHAPES[args.model], DEVICE)
     if stack == "hf":
         quantize_by_hand(model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -88,17 +98,12 @@ def hf_step(args, row, stack):
         parameter.data = parameter.data.float()
     optimizer = torch.optim.AdamW(parameters, lr=2e-4, fused=True)
 
-    def step():
-        ids = torch.randint(65024, (batch, length), device="cuda")
-        with torch.autocast("cuda", torch.bfloat16):
-            total = model(input_ids=ids, labels=ids).loss
-        total.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 0.3)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return total.detach()
+    def new_loss():
+        ids = torch.randint(model.config.vocab_size, (batch, length), device=DEVICE)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return model(input_ids=ids, labels=ids).loss
 
-    return step
+    return stepper(new_loss, parameters, optimizer)
 
 
 def measure(args, row: str, stack: str) -> dict:

@@ -1,5 +1,6 @@
 """benchmarks/common.py, training.py, memory.py, loading.py and optimizers.py: what can be shown of them without a GPU."""
 
+import argparse
 import importlib
 import json
 import subprocess
@@ -61,6 +62,23 @@ def test_the_share_of_the_matrix_rate_by_hand(load):
     a_token = 4 * weights + 3 * 32 * 2 * 512 * 4544
     row = {"row": "16x512", "stack": "fused", "tokens_per_second": 10_000.0}
     assert training.matrix_share({"model": "falcon-7b", "bf16_tflops": 800.0}, row) == pytest.approx(10_000 * a_token / 800e12)
+
+
+@pytest.mark.parametrize("stack", ["readable", "hf16"])
+def test_both_stacks_learn_on_a_small_model(load, monkeypatch, stack):
+    pytest.importorskip("peft")
+    from minqlora.falcon import FalconConfig
+
+    training = load("training")
+    monkeypatch.setattr(training, "DEVICE", "cpu")
+    monkeypatch.setitem(training.SHAPES, "small", FalconConfig(97, 64, 2, 4, tie_word_embeddings=True))
+    args = argparse.Namespace(model="small", rank=4, dropout=0.0, adapters="float32", optimizer="adamw", keep=0)
+    torch.manual_seed(0)
+    step = (training.hf_step if stack == "hf16" else training.our_step)(args, "2x16", stack)
+    ids = torch.randint(97, (2, 16))
+    monkeypatch.setattr(torch, "randint", lambda *_, **__: ids)              # the same tokens again
+    losses = [step().item() for _ in range(5)]
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
 
 
 def test_every_committed_result_can_be_read(load):
