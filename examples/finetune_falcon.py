@@ -51,8 +51,9 @@ from minqlora.lora import LoRALinear, save_adapter
 from minqlora.optim import OPTIMIZERS, make_optimizer
 from minqlora.plan import parse_memory, plan
 from minqlora.plan import report as report_plan
+from minqlora.progress import peak_memory
 from minqlora.qlora import add_lora, block_linears, count_parameters
-from minqlora.train import CHECKPOINT_FILE, METRICS_FILE, SCHEDULES, TrainConfig, answer_loss, peak_memory, train, write_atomically
+from minqlora.train import CHECKPOINT_FILE, METRICS_FILE, SCHEDULES, TrainConfig, answer_loss, train, write_atomically
 
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "tiny_falcon"

@@ -19,12 +19,13 @@ ARROWS = {
     "load": {"nf4", "linear4bit", "falcon", "qlora"},
     "data": set(),
     "optim": set(),
-    "train": {"data"},
+    "progress": set(),
+    "train": {"data", "progress"},
     "generate": {"fast_decode"},    # on its `is_cuda` line alone, as nf4 takes its kernel; a test below keeps it off the top
     "plan": {"falcon", "activations"},
     "activations": {"falcon"},
     "fast": {"falcon", "lora", "kernels"},
-    "fast_loss": {"falcon", "fast"},
+    "fast_loss": {"falcon", "fast", "kernels"},
     "fast_decode": {"falcon", "generate", "lora", "kernels"},
     "parallel": {"qlora", "train"},
 }

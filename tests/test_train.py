@@ -15,8 +15,9 @@ from minqlora.data import Example, collate, pack
 from minqlora.falcon import Falcon, FalconConfig
 from minqlora.lora import adapters
 from minqlora.optim import make_optimizer
+from minqlora.progress import Interrupt, peak_memory
 from minqlora.qlora import add_lora
-from minqlora.train import Interrupt, TrainConfig, answer_loss, evaluate, lr_at, peak_memory, take_step, train, write_atomically
+from minqlora.train import TrainConfig, answer_loss, evaluate, lr_at, take_step, train, write_atomically
 
 VOCAB = 61
 
