@@ -1,11 +1,16 @@
 """The fused block and loss against the readable ones: the same numbers, forward and backward."""
 
 import copy
+import re
+import types
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from minqlora import fast, fast_loss
 from minqlora.data import Batch
 from minqlora.falcon import Falcon, FalconConfig
 from minqlora.fast import drop, fuse
@@ -69,6 +74,39 @@ def test_the_fused_block_and_loss_give_the_loss_and_gradients_of_the_readable_on
         assert (fused_gradients[name] - gradient).norm() <= tolerance * gradient.norm(), name
 
 
+def with_kernels(module):
+    """A module of ours in which every `if x.is_cuda` is true: the half that a GPU takes, here in Triton's interpreter."""
+    changed = types.ModuleType(f"{module.__name__}_with_kernels")
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    assert "if x.is_cuda" in source or "if logits.is_cuda" in source
+    exec(compile(re.sub(r"\w+\.is_cuda", "True", source), module.__file__, "exec"), changed.__dict__)
+    return changed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU, which takes this half anyway")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_a_gpu_computes_gives_the_loss_and_gradients_too(variant):
+    # Two layers: the last keeps its products, the first computes them again.
+    model, batch = adapted(replace(VARIANTS[variant], num_hidden_layers=2)), a_batch(97, tokens=14)
+    expected, gradients = loss_and_gradients(model, batch, answer_loss)
+    fused = copy.deepcopy(model)
+    fused.zero_grad()
+    with_kernels(fast).fuse(fused)
+    actual, fused_gradients = loss_and_gradients(fused, batch, with_kernels(fast_loss).fused_loss)
+    # As above; every kernel computes in float32.
+    tolerance = 400**0.5 * 6 * 6e-8 * 2
+    assert abs(actual - expected) <= tolerance * expected
+    for name, gradient in gradients.items():
+        assert (fused_gradients[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU, which takes this half anyway")
+def test_dropout_of_what_a_gpu_computes_is_the_same_forward_and_backward():
+    model, batch = adapted(replace(VARIANTS["7b"], num_hidden_layers=1), dropout=0.3), a_batch(97, tokens=14)
+    with_kernels(fast).fuse(model)
+    slope_is_that_of_the_gradient(model, batch, with_kernels(fast_loss).fused_loss)
+
+
 def test_the_last_block_is_kept_and_the_others_where_memory_is_left():
     model, batch = adapted(VARIANTS["7b"]), a_batch(97)
     saved = []
@@ -84,14 +122,12 @@ def test_the_last_block_is_kept_and_the_others_where_memory_is_left():
     assert saved == [1, 3]                         # the last block keeps its own: it is the first to be walked back
 
 
-def test_dropout_of_the_fused_block_is_the_same_forward_and_backward():
+def slope_is_that_of_the_gradient(model, batch, loss_of):
     """With the seeds fixed, the loss is a smooth function of the adapters: its gradient is the slope of the loss."""
-    model, batch = adapted(VARIANTS["7b"], dropout=0.3), a_batch(97)
-    fuse(model)
 
     def loss():
         torch.manual_seed(1)
-        return fused_loss(model, batch)
+        return loss_of(model, batch)
 
     loss().backward()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -107,6 +143,12 @@ def test_dropout_of_the_fused_block_is_the_same_forward_and_backward():
         down = loss().item()
     # A central difference over 2 * 0.01: the error is of third order in the step, and the loss has 7 digits.
     assert (up - down) / 2 == pytest.approx(step * slope, rel=1e-2)
+
+
+def test_dropout_of_the_fused_block_is_the_same_forward_and_backward():
+    model = adapted(VARIANTS["7b"], dropout=0.3)
+    fuse(model)
+    slope_is_that_of_the_gradient(model, a_batch(97), fused_loss)
 
 
 def test_dropout_drops_the_share_it_was_asked_for_and_the_same_values_again():
