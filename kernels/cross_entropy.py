@@ -5,8 +5,8 @@
 
 The definition is `F.cross_entropy(..., reduction="sum")` and its autograd, which write log-probabilities and two gradients of the logits'
 size in float32. Here a program takes a row. The first pass keeps the largest value seen and the sum of e^(z - largest); whenever a larger
-one comes, what is summed so far is scaled down to it, so that no power overflows. The second pass computes the softmax from both
-and overwrites the row, which a row of 130 KB lets it read from the cache.
+one comes, what is summed so far is scaled down to it, so that no power overflows. The second pass reads the row again, from the cache,
+since it has only 130 KB, computes the softmax from both, and overwrites it.
 """
 
 import torch

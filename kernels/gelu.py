@@ -7,7 +7,7 @@ The definition is `F.gelu(u)`, the exact one by erf, and its autograd. Both kern
 18176 values, and a step at 8192 tokens moves 0.3 GB for each matrix that is read or written.
 
 **Forward.** u and g are columns of wider matrices (fast.py keeps neighbours that are multiplied together side by side), so a program
-takes a piece of one row: no index has to be divided to find its row, and each thread moves 16 bytes at a time.
+takes a piece of one row: one division finds the row for all its values, and each thread moves 16 bytes at a time.
 
 **Backward.** Three things want to be done to the same values, and one pass does them all:
 
@@ -15,9 +15,9 @@ takes a piece of one row: no index has to be divided to find its row, and each t
     g  = u Phi(u)                again, for the gradient of A; it overwrites u, which nobody needs afterwards
     du = dg (Phi(u) + u phi(u))  overwrites dg_W
 
-Done by themselves they read or write a matrix of that size eight times (dg_W, dg; u, g; dg, u, du, and g into the place of u); together
-two are read and two written. A program computes TILES tiles of
-BLOCK_M x BLOCK_N below each other, so that it reads its columns of A once. A tile's share of inner A is one product of the matrix unit.
+Done by themselves they read or write a matrix of that size seven times (dg_W, dg; u, g; dg, u, du); together two are read and two
+written. A program computes TILES tiles of BLOCK_M x BLOCK_N below each other, so that it reads its columns of A once. A tile's share of
+inner A is one product of the matrix unit.
 
 **The ladder** of the backward, ms for 8192 x 18176 in bfloat16 and rank 64 on one H100; its bytes alone take 0.41:
 
