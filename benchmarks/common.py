@@ -34,11 +34,20 @@ def output_of(*command: str) -> str:
         return ""
 
 
+def asked_apart(expression: str):
+    """The value of an expression of this file, from a process of its own.
+
+    Whoever asks the GPU anything gets a context on it, half a gigabyte, and the children would find it in use beside their own.
+    """
+    command = [sys.executable, "-c", f"import json, torch; from common import *; print(json.dumps({expression}))"]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, cwd=HERE).stdout.splitlines()[-1])
+
+
 def header(commit: str = "", **more) -> dict:
     """Where and with what something is measured. `commit` is what to say where there is no git repository, or another."""
     if torch.cuda.is_available():
         driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        where = {"gpu": torch.cuda.get_device_name(), "driver": driver, "cuda": torch.version.cuda}
+        where = {"gpu": asked_apart("torch.cuda.get_device_name()"), "driver": driver, "cuda": torch.version.cuda}
     else:
         where = {"cpu": platform.machine(), "threads": torch.get_num_threads()}
     head = where | {"python": platform.python_version(), "torch": torch.__version__}
@@ -55,7 +64,7 @@ def about(head: dict) -> str:
 
 def results_path(what: str, head: dict, folder: Path | None = None) -> Path:
     """results/training-h100.json"""
-    return (folder or RESULTS) / f"{what}-{head['gpu'].replace('NVIDIA', '').split()[0].lower()}.json"
+    return (folder or RESULTS) / f"{what}-{head.get('gpu', 'cpu').replace('NVIDIA', '').split()[0].lower()}.json"
 
 
 def write_results(path: Path, head: dict, rows: list[dict]) -> None:

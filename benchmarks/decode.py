@@ -38,7 +38,7 @@ import torch
 from common import (
     RESULTS,
     about,
-    copy_bandwidth,
+    asked_apart,
     header,
     leave_the_folder,
     results_path,
@@ -309,8 +309,7 @@ def main() -> int:
         return 0
 
     settings = {name: getattr(args, name) for name in ("model", "tokens", "hf_tokens", "repeats")}
-    head, rows = header(args.commit, **settings, copy_gb_per_second=copy_bandwidth()), []
-    torch.cuda.empty_cache()
+    head, rows = header(args.commit, **settings, copy_gb_per_second=asked_apart("copy_bandwidth()")), []
     path = results_path("decode", head, args.output)
     print(f"{about(head)}\n\n{COLUMNS}", flush=True)
     for process in (*STACKS, "error"):

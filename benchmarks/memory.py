@@ -1,6 +1,6 @@
 """How large a Falcon can be fine-tuned in how much memory, and does --plan know it beforehand?
 
-    python benchmarks/memory.py                                    # all rows that fit this device: a table and a JSON file
+    python benchmarks/memory.py                                    # the rows whose cap this device has: a table and a JSON file
     python benchmarks/memory.py --rows falcon-40b@24GiB
 
 A row is a model and a cap on what the device reports in use, context included. Each runs in a process of its own, in which torch's
@@ -25,7 +25,7 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")            # before torch: segments grow, and leave smaller gaps
 
 import torch
-from common import RESULTS, about, header, leave_the_folder, results_path, rows_of_child, write_results
+from common import RESULTS, about, asked_apart, header, leave_the_folder, results_path, rows_of_child, write_results
 from random_falcon import SHAPES, random_falcon
 
 leave_the_folder()
@@ -140,7 +140,7 @@ def ledger_lines(r: dict) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", default=",".join(ROWS), help=f"some of {', '.join(ROWS)}")
+    parser.add_argument("--rows", help=f"some of {', '.join(ROWS)}; by default those whose cap this device has")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of what is written")
     parser.add_argument("--commit", default="", help="what the header says where git is not there")
@@ -152,13 +152,15 @@ def main() -> int:
     if args.one:
         print(json.dumps(measure(args.rows, args.steps)))
         return 0
-    for row in args.rows.split(","):
+    there = asked_apart("torch.cuda.get_device_properties(0).total_memory")
+    chosen = args.rows.split(",") if args.rows else [row for row in ROWS if parse_memory(row.split("@")[1]) <= there]
+    for row in chosen:
         if row not in ROWS:
             parser.error(f"--rows {row} is not one of {', '.join(ROWS)}")
     rows, head = [], header(args.commit, rank=RANK, steps=args.steps)
     path = results_path("memory", head, args.output)
     print(f"{about(head)}\n{COLUMNS}", flush=True)
-    for row in args.rows.split(","):
+    for row in chosen:
         for found in rows_of_child(__file__, ["--rows", row, "--steps", str(args.steps), "--one"]):
             rows.append({"row": row} | found)
             print(line(rows[-1]), flush=True)

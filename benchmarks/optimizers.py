@@ -16,8 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from common import HERE, RESULTS, about, header, write_results
+from common import HERE, RESULTS, about, header, results_path, write_results
 
 SCRIPT = HERE.parent / "examples" / "finetune_falcon.py"
 
@@ -71,7 +70,7 @@ def main() -> int:
     parser.add_argument("rest", nargs="*", help="behind `--`: arguments of finetune_falcon.py")
     args = parser.parse_args()
     head = header(args.commit, arguments=" ".join(args.rest))
-    path = args.output / f"optimizers-{'cpu' if not torch.cuda.is_available() else head['gpu'].split()[1].lower()}.json"
+    path = results_path("optimizers", head, args.output)
     print(about(head), flush=True)
     rows = []
     # A seed at a time: what is compared runs next to each other.

@@ -10,9 +10,8 @@ in a process of its own, one after the other, so that none pays for another's me
     readable   falcon.py and lora.py as they stand, whole blocks checkpointed
     fused      fast.py and fast_loss.py: only block inputs and the LoRA columns are kept; steps of at most 4096 tokens are replayed
     kept       the same with the memory that is left over put to use (`keep_bytes`)
-    hf         transformers + peft + bitsandbytes, gradient checkpointing. transformers 5 leaves Falcon's linears in 16 bits
-               (they are a subclass of nn.Linear), so they are replaced by hand here
-    hf16       the same as it ships: asked for 4 bits, silently in 16
+    hf         transformers + peft + bitsandbytes, gradient checkpointing, with the linears put into 4 bits by hand (hugging_face.py)
+    hf16       the same in 16 bits, which is what asking transformers 5 for 4 gives: it passes over Falcon's linears in silence
 
 Tokens/s is the median over the timed steps (p20-p80 beside it), each ended by a synchronization. Peak is the allocator's maximum; "device"
 is what the driver reports in use, context included. The matrix rate of an 8192-cube bf16 product is measured in the same run.
@@ -26,7 +25,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import RESULTS, about, header, leave_the_folder, matrix_rate, results_path, rows_of_child, write_profile, write_results
+from common import RESULTS, about, asked_apart, header, leave_the_folder, results_path, rows_of_child, write_profile, write_results
 from hugging_face import attach_hf, make_hf, quantize_by_hand
 from random_falcon import SHAPES, random_falcon
 
@@ -219,8 +218,7 @@ def main() -> int:
         return 0
 
     settings = {name: getattr(args, name) for name in ("model", "rank", "adapters", "optimizer", "dropout", "keep", "steps")}
-    head, rows = header(args.commit, **settings, bf16_tflops=matrix_rate()), []
-    torch.cuda.empty_cache()
+    head, rows = header(args.commit, **settings, bf16_tflops=asked_apart("matrix_rate()")), []
     path = results_path("training", head, args.output)
     print(f"{about(head)}\n{COLUMNS}", flush=True)
     for row in args.rows.split(","):
