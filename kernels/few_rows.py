@@ -38,6 +38,8 @@ With a table in bfloat16 the gradient's weight is rounded twice, as a level and 
 2.69e-3 where the workspace's is 2.33e-3. So the gradient's table is in float16, which has three bits more; then it was 2.33e-3.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -185,13 +187,14 @@ def grad_kernel(
 
 @triton.jit
 def after_previous():
-    """Let the next kernel start before this one ends, and wait for the one before.
+    """Wait for the kernel before, then let the next one start before this one ends.
 
-    A kernel's first microseconds go by before it reads anything: programs are placed, addresses computed. With programmatic dependent
-    launch (Hopper and later) they go by while the kernel before is still at work. What that kernel writes is there after the wait,
-    and nothing is read or written before it.
+    A kernel's first microseconds go by before it has anything to multiply: programs are placed, addresses computed, and the first
+    bytes are on their way. With programmatic dependent launch (Hopper and later) they go by while the kernel before is still at work.
+    What that kernel writes is there after the wait. Before it a program may read what no kernel on its way writes, such as weights, and
+    must write nothing. In this order, because the next kernel's early reads then follow the end of everything but this one.
     """
-    ask: tl.constexpr = "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.u32 $0, 0;"
+    ask: tl.constexpr = "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.u32 $0, 0;"
     tl.inline_asm_elementwise(ask, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
@@ -266,8 +269,18 @@ def has_table(x: Tensor) -> bool:
 
 def wanted_splits(x: Tensor, tiles: int, steps: int) -> int:
     """Some four programs a multiprocessor, each with four steps or more."""
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    return max(1, min(4 * processors // tiles, steps // 4))
+    return max(1, min(4 * (processors(x.device) if x.is_cuda else 1) // tiles, steps // 4))
+
+
+# PyTorch looks these up in a structure it makes anew, which takes as long as a launch.
+@functools.cache
+def processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def split_evenly(steps: int, splits: int) -> tuple[int, int]:
@@ -288,4 +301,4 @@ def sum_splits(partial: Tensor, dtype: torch.dtype, overlap: bool = False) -> Te
 
 def overlaps(x: Tensor) -> bool:
     """Whether kernels on x's device can overlap with the next one; see `after_previous`."""
-    return x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return x.is_cuda and torch.version.hip is None and capability(x.device) >= (9, 0)

@@ -37,14 +37,15 @@ addresses, and a Hopper GPU, for which it was measured. Everything else takes an
       a persistent grid, two programs a multiprocessor        35.0   36.8    14.2   not kept
     4 warps a program, 8 blocks a step                        24.8   28.9     9.7   more programs to switch between
       a step's loads held back until the one before is used   26.6   32.9    10.6   not kept: fewer loads in flight
-    start before the kernel before has ended                  24.2   42.7    12.6   kept where there are many programs
+    start before the kernel before has ended                  24.2   42.7    12.6   the next one takes the first places that are
+                                                                                    free, so its few programs were unevenly spread
     two programs share a tile, and start early                       25.7           kept where rows of W are long and few
-    lanes without a row of x read nothing                     24.3   24.3     9.7   kept
+    lanes without a row of x read nothing                     24.3   24.3     9.7   kept; an early start for many programs only
+    first the weight, then the wait, then let the next start  23.9   24.9     9.0   kept, for any number of programs
       W in loads of 16 bytes, exchanged between lanes         25.0   24.4    13.0   not kept
       code2 in shared memory too                              23.4   25.3    12.5   not kept: a second table, for 3 %
     few_rows_wgmma.py at one row                              35.0   36.0    12.5   it wins from 9 rows on
 
-An early start lets the next kernel's programs take whatever place is free, and with few programs some multiprocessors then get many.
 Five programs of 4 warps fit on a multiprocessor with 96 registers a lane; with 100 it is four, and up took 26.5.
 
 What limits it is neither DRAM (1.8 of 3.0 TB/s) nor the issue of instructions (a quarter of the slots) but, by count, the unit that
@@ -59,7 +60,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from minqlora.kernels.few_rows import after_previous, overlaps, sum_splits
+from minqlora.kernels.few_rows import after_previous, overlaps, processors, sum_splits
 from minqlora.kernels.pair_table import LOOKUP_EIGHT, make_table_gluon, repeat
 
 # A layout is a list of bases: basis i is what bit i of the register, lane or warp number adds to the position in the tensor. The lists
@@ -194,8 +195,6 @@ def product_kernel(
     ROWS: gl.constexpr, BLOCKS: gl.constexpr, M: gl.constexpr, WARPS: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     """out[split, m, n] for ROWS rows of W, `length` blocks of their columns, and up to M rows of x."""
-    if OVERLAP:
-        after_previous()
     # The product has three axes, [block, row of W, row of x]; the warps share the blocks.
     mma: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, mma, 8)                # 8: see `decode`
@@ -239,6 +238,8 @@ def product_kernel(
     table = gl.full([BLOCKS, ROWS, 4, 2], make_table_gluon(code, dtype, WARPS), gl.int32, PAIRS)
     zero = gl.zeros([BLOCKS, ROWS, M], gl.float32, mma)
     acc = zero
+    if OVERLAP:
+        after_previous()                                            # the weight is on its way; x may just have been written
     for start in range(begin, end, 2 * BLOCKS):
         acc = multiply_step(acc, start, end, one, x_at, x_ok, code2, offset, table, block, zero, A, B, HALF, S, BLOCKS)
         one = load_step(start + 2 * BLOCKS, end, words_at, sizes_at, scales_at, size, BLOCKS, PER, BLOCKSIZE2)
@@ -264,12 +265,10 @@ def product(x: Tensor, packed, absmax, code, out_features: int, blocksize: int, 
     assert rows <= ROWS_OF_X
     absmax2, offset, code2, blocksize2 = nested or (None, None, None, 1)
     tiles, blocks = triton.cdiv(out_features, 16), in_features // 64
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     # Few and long rows of W leave too few programs to hide the memory's latency: then two share a tile.
-    splits = 2 if tiles < 3 * processors and blocks >= 128 else 1
+    splits = 2 if tiles < 3 * processors(x.device) and blocks >= 128 else 1
     out = torch.empty(splits, rows, out_features, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
-    # Programs of the next kernel take the first places that are free. With few programs they then end up unevenly spread.
-    overlap = overlaps(x) and tiles * splits >= 4 * processors
+    overlap = overlaps(x)
     product_kernel[(tiles, splits)](
         x, packed, absmax, code, absmax2, offset, code2, bias, lora_xa, lora_B, scale, out,
         rows, out_features, x.stride(0), 0 if lora_B is None else lora_B.shape[1], triton.cdiv(blocks, splits),

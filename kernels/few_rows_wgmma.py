@@ -45,7 +45,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from minqlora.kernels.few_rows import after_previous, overlaps, sum_splits
+from minqlora.kernels.few_rows import after_previous, overlaps, processors, sum_splits
 from minqlora.kernels.few_rows_mma import doublings
 from minqlora.kernels.pair_table import LOOKUP_ONE, make_table_gluon, repeat
 
@@ -222,6 +222,10 @@ def product_kernel(
     gl.store(out + place, acc.to(out.dtype.element_ty), mask=(m < rows) & (n < out_features))
 
 
+# Tiles for the copy engine. 64 columns of 16 bits are the 128 bytes that the tensor cores' swizzle is made for.
+X_TILES = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+W_TILES = gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=32, rank=2)
+
 # Rows of x in a tile: rows of W in it, pairs of blocks on their way, and the fewest pairs that are worth a program of their own.
 # Triton counts more than 48 KiB of shared memory for each of these, and so asks for as much as there is; the pair table's 32, which it does
 # not count, fit beside it. Between 16 and 48 it would not ask, and the launch would fail.
@@ -235,17 +239,15 @@ def product(x: Tensor, packed, absmax, code, out_features: int, blocksize: int, 
     m = min(128, max(16, triton.next_power_of_2(rows)))
     w_rows, stages, least = TILES[m]
     tiles = triton.cdiv(out_features, w_rows) * triton.cdiv(rows, m)
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     pairs = triton.cdiv(in_features // 64, 2)
     # Some four programs a multiprocessor, as far as there are columns to share.
-    splits = max(1, min(8, round(4.3 * processors / tiles), pairs // least))
+    splits = max(1, min(8, round(4.3 * processors(x.device) / tiles), pairs // least))
     length = 2 * triton.cdiv(pairs, splits)
     splits = triton.cdiv(in_features // 64, length)
     out = torch.empty(splits, rows, out_features, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
-    # Tiles for the copy engine. 64 columns of 16 bits are the 128 bytes that the tensor cores' swizzle is made for.
-    x_tiles = TensorDescriptor.from_tensor(x, [m, 64], gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+    x_tiles = TensorDescriptor.from_tensor(x, [m, 64], X_TILES)
     words = packed.view(out_features, in_features // 2).view(torch.int32)
-    w_tiles = TensorDescriptor.from_tensor(words, [w_rows, 16], gl.NVMMASharedLayout(swizzle_byte_width=64, element_bitwidth=32, rank=2))
+    w_tiles = TensorDescriptor.from_tensor(words, [w_rows, 16], W_TILES)
     overlap = overlaps(x)
     product_kernel[(triton.cdiv(out_features, w_rows), splits, triton.cdiv(rows, m))](
         x_tiles, w_tiles, absmax, code, absmax2, offset, code2, bias, lora_xa, lora_B, scale, out,
