@@ -125,12 +125,16 @@ def launch_new(packed, absmax, absmax2, offset, code2, blocksize2, code, blocksi
     return out
 
 
+def launch_out(*inputs, out):
+    launch(*inputs, out)
+
+
 library = torch.library.Library("minqlora", "FRAGMENT")
 common = "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, Tensor? code2, int blocksize2, Tensor code, int blocksize"
 library.define(f"dequantize_4bit({common}, SymInt[] shape, ScalarType dtype) -> Tensor")
 library.define(f"dequantize_4bit.out({common}, *, Tensor(a!) out) -> ()")
 library.impl("dequantize_4bit", launch_new, "CompositeExplicitAutograd")
-library.impl("dequantize_4bit.out", lambda *inputs, out: launch(*inputs, out), "CompositeExplicitAutograd")
+library.impl("dequantize_4bit.out", launch_out, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("minqlora::dequantize_4bit")
@@ -153,6 +157,9 @@ def dequantize_4bit(
     whole blocks: so a merged product has its weights side by side.
     """
     absmax2, offset, code2, blocksize2 = nested or (None, None, None, 1)
+    compiling = torch.compiler.is_compiling()                          # nobody differentiates this; see `run` in matmul_4bit.py
+    if out is None and not compiling:
+        return launch_new(packed, absmax, absmax2, offset, code2, blocksize2, code, blocksize, shape, dtype)
     if out is None:
         return torch.ops.minqlora.dequantize_4bit.default(
             packed, absmax, absmax2, offset, code2, blocksize2, code, blocksize, shape, dtype
@@ -162,5 +169,6 @@ def dequantize_4bit(
             f"out is {out.dtype} of shape {tuple(out.shape)}, strides {out.stride()}; it must be {dtype} of shape {tuple(shape)}, "
             f"contiguous, or with contiguous rows of whole blocks of {blocksize}"
         )
-    torch.ops.minqlora.dequantize_4bit.out(packed, absmax, absmax2, offset, code2, blocksize2, code, blocksize, out=out)
+    write = torch.ops.minqlora.dequantize_4bit.out if compiling else launch_out
+    write(packed, absmax, absmax2, offset, code2, blocksize2, code, blocksize, out=out)
     return out

@@ -73,7 +73,9 @@ def matmul_4bit(
     """
     check(x, packed, absmax, out_features, in_features, blocksize, nested, bias, lora_xa, lora_B)
     absmax2, offset, code2, blocksize2 = nested or (None, None, None, 0)
-    return product(
+    # Where nobody differentiates or compiles, the operator would only cost time, as much again as the launch.
+    call = product if torch.is_grad_enabled() or torch.compiler.is_compiling() else run
+    return call(
         x, packed, absmax, code, out_features, in_features, blocksize, absmax2, offset, code2, blocksize2, bias, lora_xa, lora_B, scale
     )
 
@@ -103,8 +105,7 @@ def check(x, packed, absmax, out_features, in_features, blocksize, nested, bias,
         raise ValueError(f"lora_xa has shape {tuple(lora_xa.shape)} and lora_B {tuple(lora_B.shape)}; they must be {wanted}")
 
 
-@torch.library.custom_op("minqlora::matmul_4bit", mutates_args=())
-def product(
+def run(
     x: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -135,6 +136,9 @@ def product(
     return y.reshape(*x.shape[:-1], out_features)                  # (..., out_features)
 
 
+product = torch.library.custom_op("minqlora::matmul_4bit", run, mutates_args=())
+
+
 def add_product(bias, x, weight, xa, lora_B, scale) -> Tensor:
     """bias + scale xa lora_B^T + x W^T, all into one output. The small terms go first: what comes last is rounded once only."""
     begin, beta = (x.new_zeros(()), 0) if bias is None else (bias, 1)
@@ -149,7 +153,7 @@ def fused_kernel(x: Tensor, packed: Tensor, out_features: int, blocksize: int):
     rows, in_features = x.shape
     # 512 columns are a step of few_rows_mma.py, 16 rows its tile. wgmma exists on Hopper (9.0) alone.
     whole = in_features % 64 == 0 and in_features >= 512 and out_features >= 16 and blocksize % 64 == 0 and packed.data_ptr() % 16 == 0
-    if rows > 0 and whole and few_rows.has_table(x) and torch.cuda.get_device_capability(x.device)[0] == 9:
+    if rows > 0 and whole and few_rows.has_table(x) and few_rows.capability(x.device)[0] == 9:
         return few_rows_mma if rows <= MMA_ROWS else few_rows_wgmma if rows <= WGMMA_ROWS else None
     return few_rows if is_plain(x, in_features, blocksize) else None
 
