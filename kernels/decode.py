@@ -1,18 +1,21 @@
-"""What stands between the products of a decode step: the residual with its norm, and GELU with its LoRA part.
+"""What stands between the products of a decode step: the residual with its norm, GELU with its LoRA part, and x A^T.
 
 A decode step has one row a prompt, and its time is that of reading the weights. Everything else has to stay out of the way: each launch
 costs some 2 µs before it does anything, and a block of Falcon-7B written out has a dozen of them beside its products.
 
-**Residual and norm.** What the last block added, its attention and its MLP, is not added where it is made. The next norm reads all
-three, and writes their sum beside the normalized row:
+**Residual and norm.** What the last block added, its attention, its MLP and LoRA's part of that, is not added where it is made. The next
+norm reads them all, and writes their sum beside the normalized row:
 
-    x' = x + first + second            out = layer_norm(x')
+    x' = x + first + second + third            out = layer_norm(x')
 
 The definition is PyTorch's sum and `F.layer_norm`; here the sum is rounded once. One program takes one row, in registers.
 
 **GELU and LoRA.** out = gelu(u + xa B^T), with u = h W_up^T from the 4-bit product and xa = h A^T (M, rank). The 4-bit product could add
 the LoRA part itself, and then would have to wait for xa, a small product that takes its launch to start and end. Added here, where u is
 read anyway, it is made beside the 4-bit product. A program computes a tile of BLOCK_M x BLOCK_N and reads BLOCK_N rows of B.
+
+**LoRA's inner product**, x A^T for a few rows of x: one program takes one row of A from end to end, so that one launch does it. cuBLAS
+cuts such a product into pieces and adds them in a second launch.
 """
 
 import torch
@@ -20,58 +23,102 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minqlora.kernels.few_rows import after_previous, overlaps
 from minqlora.kernels.gelu import share_below
 
 
 @triton.jit
-def add_norm_kernel(x, first, second, weight, bias, total, out, n, eps, BLOCK: tl.constexpr):
+def add_norm_kernel(x, first, second, third, weight, bias, total, out, n, eps, BLOCK: tl.constexpr, OVERLAP: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     inside = columns < n
+    scale = tl.load(weight + columns, mask=inside, other=0).to(tl.float32)
+    shift = tl.load(bias + columns, mask=inside, other=0).to(tl.float32)
+    if OVERLAP:
+        after_previous()
     at = tl.program_id(0).to(tl.int64) * n + columns
     values = tl.load(x + at, mask=inside, other=0)
     if first is not None:
         wide = values.to(tl.float32) + tl.load(first + at, mask=inside, other=0).to(tl.float32)
         if second is not None:
             wide += tl.load(second + at, mask=inside, other=0).to(tl.float32)
+        if third is not None:
+            wide += tl.load(third + at, mask=inside, other=0).to(tl.float32)
         # The norm is that of the sum as it is stored, which the next block adds to.
         values = wide.to(values.dtype)
         tl.store(total + at, values, mask=inside)
     values = values.to(tl.float32)
     centred = tl.where(inside, values - tl.sum(values) / n, 0.0)
     z = centred / tl.sqrt(tl.sum(centred * centred) / n + eps)
-    scale = tl.load(weight + columns, mask=inside, other=0).to(tl.float32)
-    shift = tl.load(bias + columns, mask=inside, other=0).to(tl.float32)
     tl.store(out + at, (z * scale + shift).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["m"])
+def inner_kernel(x, A, out, m, k, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):
+    rank, ranks = tl.program_id(0), tl.num_programs(0)
+    rows = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)                # (BLOCK_M,)
+    columns = tl.arange(0, BLOCK_K)                                                         # (BLOCK_K,)
+    row = A + rank.to(tl.int64) * k
+    a = tl.load(row + columns, mask=columns < k, other=0).to(tl.float32)                    # (BLOCK_K,)
+    if OVERLAP:
+        after_previous()                                                                    # A was there before; x may be new
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for start in range(0, k, BLOCK_K):
+        at = start + columns
+        values = tl.load(x + rows[:, None] * k + at[None, :], mask=(rows < m)[:, None] & (at < k)[None, :], other=0)
+        acc += values.to(tl.float32) * a[None, :]
+        a = tl.load(row + at + BLOCK_K, mask=at + BLOCK_K < k, other=0).to(tl.float32)      # of the next stretch
+    tl.store(out + rows * ranks + rank, tl.sum(acc, axis=1).to(out.dtype.element_ty), mask=rows < m)
 
 
 @triton.jit
 def gelu_kernel(
     u, xa, B, out, m, n, xa_stride,
     RANK: tl.constexpr, RANK_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)                               # (BLOCK_M,)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)                            # (BLOCK_N,)
     at = rows.to(tl.int64)[:, None] * n + columns[None, :]
     inside = (rows < m)[:, None] & (columns < n)[None, :]
+    ranks = tl.arange(0, RANK_PADDED)
+    known = ranks < RANK
+    if xa is not None:
+        right = tl.load(B + columns[None, :] * RANK + ranks[:, None], mask=(columns < n)[None, :] & known[:, None], other=0)
+    if OVERLAP:
+        after_previous()                                                                    # B was there before; u and xa may be new
     values = tl.load(u + at, mask=inside, other=0).to(tl.float32)                           # (BLOCK_M, BLOCK_N)
     if xa is not None:
-        ranks = tl.arange(0, RANK_PADDED)
-        known = ranks < RANK
         left = tl.load(xa + rows[:, None] * xa_stride + ranks[None, :], mask=(rows < m)[:, None] & known[None, :], other=0)
-        right = tl.load(B + columns[None, :] * RANK + ranks[:, None], mask=(columns < n)[None, :] & known[:, None], other=0)
         values += tl.dot(left, right, input_precision="ieee")
     tl.store(out + at, (values * share_below(values)).to(out.dtype.element_ty), mask=inside)
 
 
 def add_norm(x: Tensor, added: list[Tensor], weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + the sum of at most two added, and its layer_norm; all (M, N) and contiguous."""
+    """x + the sum of at most three added, and its layer_norm; all (M, N) and contiguous."""
     m, n = x.shape
-    assert len(added) <= 2 and all(part.shape == x.shape and part.is_contiguous() for part in (x, *added))
-    first, second = (*added, None, None)[:2]
+    assert len(added) <= 3 and all(part.shape == x.shape and part.is_contiguous() for part in (x, *added))
+    first, second, third = (*added, None, None, None)[:3]
     total, out = torch.empty_like(x) if added else x, torch.empty_like(x)
+    overlap = overlaps(x)
     with torch.cuda.device_of(x):
-        add_norm_kernel[m,](x, first, second, weight, bias, total, out, n, eps, BLOCK=triton.next_power_of_2(n), num_warps=8)
+        add_norm_kernel[m,](
+            x, first, second, third, weight, bias, total, out, n, eps,
+            BLOCK=triton.next_power_of_2(n), OVERLAP=overlap, num_warps=8, launch_pdl=overlap,
+        )  # fmt: skip
     return total, out
+
+
+def inner(x: Tensor, A: Tensor) -> Tensor:
+    """x A^T (M, rank), for x (M, K) and A (rank, K)."""
+    (m, k), ranks = x.shape, len(A)
+    assert x.is_contiguous() and A.is_contiguous() and A.shape[1] == k
+    out = x.new_empty(m, ranks)
+    overlap, block_m = overlaps(x), min(4, triton.next_power_of_2(m))
+    with torch.cuda.device_of(x):
+        inner_kernel[ranks, triton.cdiv(m, block_m)](
+            x, A, out, m, k, BLOCK_M=block_m, BLOCK_K=4096 // block_m, OVERLAP=overlap, num_warps=8, launch_pdl=overlap,
+        )  # fmt: skip
+    return out
 
 
 def gelu(u: Tensor, xa: Tensor | None = None, B: Tensor | None = None) -> Tensor:
@@ -82,9 +129,11 @@ def gelu(u: Tensor, xa: Tensor | None = None, B: Tensor | None = None) -> Tensor
     assert xa is None or (xa.stride(1) == 1 and B.is_contiguous() and xa.shape == (m, rank) and B.shape == (n, rank))
     out = torch.empty_like(u)
     block_m, block_n = 16, 64
+    overlap = overlaps(u)
     with torch.cuda.device_of(u):
         gelu_kernel[triton.cdiv(n, block_n), triton.cdiv(m, block_m)](
             u, xa, B, out, m, n, 0 if xa is None else xa.stride(0),
-            RANK=rank, RANK_PADDED=max(16, triton.next_power_of_2(rank)), BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4,
+            RANK=rank, RANK_PADDED=max(16, triton.next_power_of_2(rank)), BLOCK_M=block_m, BLOCK_N=block_n,
+            OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
         )  # fmt: skip
     return out

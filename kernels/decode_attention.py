@@ -29,6 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minqlora.kernels.few_rows import after_previous, overlaps
+
 
 @triton.jit
 def load_rotated(head, c, s, d, inside, HALF: tl.constexpr):
@@ -43,8 +45,10 @@ def stretch_kernel(
     qkv, keys, values, positions, filled, cosine, sine, bias, acc_out, peak_out, total_out,
     length, bias_length, slots_a_split, splits, scale,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    TILES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_L: tl.constexpr, PADDED: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_L: tl.constexpr, PADDED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        after_previous()
     row = tl.program_id(0).to(tl.int64)
     kv_head, tile, split = tl.program_id(1) // TILES, tl.program_id(1) % TILES, tl.program_id(2)
     new = tl.load(filled).to(tl.int32)                              # the slot of the new token: those before it are taken
@@ -120,8 +124,10 @@ def stretch_kernel(
 @triton.jit
 def combine_kernel(
     acc, peak, total, filled, out, slots_a_split, splits,
-    HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, SPLITS: tl.constexpr, PADDED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAP:
+        after_previous()
     head = tl.program_id(0).to(tl.int64)                            # of all heads of all rows
     e, split = tl.arange(0, PADDED), tl.arange(0, SPLITS)
     written = split < tl.load(filled).to(tl.int32) // slots_a_split + 1
@@ -165,16 +171,18 @@ def decode_attention(
     peak, total = (torch.empty(heads, splits, dtype=torch.float32, device=qkv.device) for _ in range(2))
     out = torch.empty(batch, kv_heads * group * head_dim, dtype=qkv.dtype, device=qkv.device)
     cosine, sine = rotary or (None, None)
+    overlap = overlaps(qkv)
     with torch.cuda.device_of(qkv):
         stretch_kernel[batch, kv_heads * tiles, splits](
             qkv, keys, values, positions, filled, cosine, sine, bias, acc, peak, total,
             length, 0 if bias is None else bias.shape[1], slots_a_split, splits, head_dim**-0.5,
             KV_HEADS=kv_heads, GROUP=group, HEAD_DIM=head_dim, TILES=tiles, BLOCK_H=block_h, BLOCK_L=block_l, PADDED=padded,
-            num_warps=8 if block_h > 64 else 4, num_stages=2,
+            OVERLAP=overlap, num_warps=8 if block_h > 64 else 4, num_stages=2, launch_pdl=overlap,
         )  # fmt: skip
         combine_kernel[heads,](
             acc, peak, total, filled, out, slots_a_split, splits,
-            HEAD_DIM=head_dim, SPLITS=triton.next_power_of_2(splits), PADDED=padded, num_warps=2,
+            HEAD_DIM=head_dim, SPLITS=triton.next_power_of_2(splits), PADDED=padded,
+            OVERLAP=overlap, num_warps=2, launch_pdl=overlap,
         )  # fmt: skip
     return out
 

@@ -13,18 +13,25 @@ tokens are drawn by generate.py's own `sample`, outside the recording, in the sa
 adds the LoRA part on the way into GELU; `kernels/decode_attention.py` turns query and key, writes the cache and attends, over the
 slots that are filled at that time and no others.
 
-**Two streams.** Few blocks of threads cannot keep a GPU's memory busy: a small product ends before it is up to speed. The parallel
-block has two chains that do not need each other, and the short one runs beside the long one:
+**Streams.** The parallel block has two chains that do not need each other until the next norm. Product after product leaves the GPU half
+idle at every change, so the two run side by side (h = norm(x), g = gelu(up), a = attention(qkv), A and B the adapters'):
 
-    main   norm -> up ---------------------> GELU -> down ------------------------> + residual, in the next norm
-    side        -> h A^T, qkv, attention -'      -> g A^T, a A^T, dense ----------'
-
-(h = norm(x), g = gelu(up), a = attention(qkv), s = alpha / rank, as in fast.py.)
+    main     norm -> up ------------------> + B_up, GELU -> down ------------------> sum, in the next norm
+    side 0   -> h A^T -> qkv -> attention -> a A^T -> dense -----------------------'
+    side 1                                  -> g A^T -> B_down --------------------'
 
 **Adapters off the long chain.** At rank 64 they add 6 % to what is read, but eight small products a block, one after the other, would
-cost far more. A of up and qkv stand above each other and are one product; it and the A of down and dense run on the side stream. Down and
-dense add into the same output, so one of them, dense, adds the LoRA part of both: [g A_down^T | a A_dense^T] [s B_down | s B_dense]^T. The
-products read copies in the model's dtype with B scaled, 2 bytes a value of the adapter, refreshed at each call.
+cost far more. A of up and qkv stand above each other and are one product. What LoRA adds to up is added on the way into GELU, what it adds
+to down is a third part of the sum; dense and qkv, on the side, add theirs themselves. The products read copies in the model's dtype,
+2 bytes a value of the adapter, B times s = alpha / rank, refreshed at each call.
+
+**The ladder**, ms a step, Falcon-7B in 4 bits on one H100, one row, recorded and replayed; in brackets with an adapter of rank 64:
+
+    one stream                                                              2.9
+    attention beside up, both before GELU; down and dense side by side      2.50  (3.4)
+    a kernel's weights are on their way before the kernel before has ended  2.46  (3.3)   `after_previous` in kernels/few_rows.py
+    x A^T in one launch; cuBLAS splits it and adds in a second                    (3.0)
+    the side stream has the higher priority                                 2.29  (2.89)
 
 **What stays.** A model in eval mode keeps its last decoder: the copies, the cache, the recording; the next call with as many rows and
 no more tokens starts at once. A model in training mode is on its way to be trained, where memory is dear: asked then, it keeps nothing and
@@ -45,6 +52,7 @@ from minqlora.falcon import Falcon, FalconBlock, alibi_bias, rotary_angles
 from minqlora.generate import sample
 from minqlora.lora import LoRALinear
 
+INNER_ROWS = 4        # up to this many rows one launch of ours beats cuBLAS, which splits a small product and adds in a second launch
 ROUND_LENGTH = 256    # a cache is made a little longer than asked for, so that the next call fits too
 
 
@@ -67,6 +75,15 @@ def gelu(u: Tensor, xa: Tensor | None, B: Tensor | None) -> Tensor:
     return F.gelu(u if xa is None else torch.addmm(u, xa, B.T))    # (batch, ffn_hidden_size)
 
 
+def inner(x: Tensor, A: Tensor) -> Tensor:
+    """x A^T: (batch, rank)"""
+    if x.is_cuda and len(x) <= INNER_ROWS:
+        from minqlora.kernels.decode import inner as kernel
+
+        return kernel(x, A)
+    return torch.mm(x, A.T)
+
+
 def product(base: nn.Module, x: Tensor, xa: Tensor | None = None, B: Tensor | None = None) -> Tensor:
     """base(x) + xa B^T, in one product where the base is in 4 bits; base(x) where xa is None."""
     if xa is None:
@@ -75,46 +92,36 @@ def product(base: nn.Module, x: Tensor, xa: Tensor | None = None, B: Tensor | No
 
 
 class Linears:
-    """Linears that share an input, their A above each other, or that add into one output, their B side by side; adapted or not."""
+    """One linear, or some that share an input, with their A above each other; adapted or not."""
 
-    def __init__(self, modules: list[nn.Module], dtype: torch.dtype, share_input: bool):
+    def __init__(self, modules: list[nn.Module], dtype: torch.dtype):
         self.bases = [module.base if isinstance(module, LoRALinear) else module for module in modules]
         self.adapters = [module if isinstance(module, LoRALinear) else None for module in modules]
         self.ranks = [0 if adapter is None else adapter.rank for adapter in self.adapters]
-        ins, outs = [base.in_features for base in self.bases], [base.out_features for base in self.bases]
 
         def empty(rows: int, columns: int) -> Tensor:
             return torch.empty(rows, columns, dtype=dtype, device=self.bases[0].weight.device)
 
-        if share_input:
-            self.A = empty(sum(self.ranks), ins[0])
-            self.As, self.Bs = self.A.split(self.ranks), list(map(empty, outs, self.ranks))
-        else:
-            self.B = empty(outs[0], sum(self.ranks))
-            self.As, self.Bs = list(map(empty, self.ranks, ins)), self.B.split(self.ranks, dim=1)
+        self.A = empty(sum(self.ranks), self.bases[0].in_features)
+        self.Bs = [empty(base.out_features, rank) for base, rank in zip(self.bases, self.ranks, strict=True)]
 
     def refresh(self) -> None:
         """Take over what the adapters are now."""
-        for adapter, A, B in zip(self.adapters, self.As, self.Bs, strict=True):
+        for adapter, A, B in zip(self.adapters, self.A.split(self.ranks), self.Bs, strict=True):
             if adapter is not None:
                 A.copy_(adapter.lora_A)
                 torch.mul(adapter.lora_B, adapter.scale, out=B)
 
-    def inner_of_each(self, x: Tensor) -> list[Tensor | None]:
-        """x A^T (batch, rank) for each of the linears that share the input x; None without an adapter."""
+    def inner(self, x: Tensor) -> list[Tensor | None]:
+        """x A^T (batch, rank) for each of the linears; None without an adapter."""
         if not any(self.ranks):
             return [None] * len(self.ranks)
-        return [xa if xa.shape[1] else None for xa in torch.mm(x, self.A.T).split(self.ranks, dim=1)]
+        return [xa if xa.shape[1] else None for xa in inner(x, self.A).split(self.ranks, dim=1)]
 
-    def inner_of_all(self, *inputs: Tensor) -> Tensor | None:
-        """[x A^T | ...] (batch, sum of ranks) of the linears that add into one output; None without an adapter."""
-        if not any(self.ranks):
-            return None
-        together = inputs[0].new_empty(len(inputs[0]), sum(self.ranks))
-        for x, A, xa in zip(inputs, self.As, together.split(self.ranks, dim=1), strict=True):
-            if len(A):
-                torch.mm(x, A.T, out=xa)
-        return together
+    def __call__(self, x: Tensor) -> Tensor:
+        """Of a single linear: all of its output."""
+        (base,), (xa,), (B,) = self.bases, self.inner(x), self.Bs
+        return product(base, x, xa, B)
 
 
 class DecodeBlock:
@@ -123,47 +130,49 @@ class DecodeBlock:
     def __init__(self, block: FalconBlock, dtype: torch.dtype):
         self.parallel, self.attention = block.config.parallel_attn, block.self_attention
         up, down = block.mlp.dense_h_to_4h, block.mlp.dense_4h_to_h
-        qkv, dense = self.attention.query_key_value, self.attention.dense
+        qkv, dense = block.self_attention.query_key_value, block.self_attention.dense
+        readers = [[up], [qkv]]
         if not self.parallel:
-            self.norms, groups = [block.input_layernorm, block.post_attention_layernorm], ([up], [qkv], [down], [dense])
+            self.norms = [block.input_layernorm, block.post_attention_layernorm]
         elif block.config.num_ln_in_parallel_attn == 2:
-            self.norms, groups = [block.ln_mlp, block.ln_attn], ([up], [qkv], [down, dense])
+            self.norms = [block.ln_mlp, block.ln_attn]
         else:
-            self.norms, groups = [block.input_layernorm], ([up, qkv], [down, dense])
-        self.groups = [Linears(group, dtype, share_input=group[0] in (up, qkv)) for group in groups]
+            self.norms, readers = [block.input_layernorm], [[up, qkv]]
+        self.readers, self.down, self.dense = [Linears(group, dtype) for group in readers], Linears([down], dtype), Linears([dense], dtype)
+        self.groups = [*self.readers, self.down, self.dense]
 
     def __call__(self, x: Tensor, added: list[Tensor], decoder: "Decoder") -> tuple[Tensor, list[Tensor]]:
         return (self.side_by_side if self.parallel else self.in_sequence)(x, added, decoder)
 
     def side_by_side(self, x, added, decoder):
-        *readers, writers = self.groups
-        (up, qkv), (down, dense) = [base for group in readers for base in group.bases], writers.bases
-        B_up, B_qkv = [B for group in readers for B in group.Bs]
+        up, qkv = (base for group in self.readers for base in group.bases)
+        B_up, B_qkv = (B for group in self.readers for B in group.Bs)
         x, h = add_norm(x, added, self.norms[0])                                      # (batch, hidden_size)
         h_attention = h if len(self.norms) == 1 else add_norm(x, [], self.norms[1])[1]
-        # What is made on one stream and read on the other is held in a variable until the next fork: memory is used again only
-        # by what was launched after its readers.
-        with decoder.side():
+        # Every tensor stays in a variable until the streams have joined: its memory is used again only by what comes after all readers.
+        with decoder.beside(0):
             # One group of readers where the norm is shared, and then one input.
-            xa_up, xa_qkv = [xa for group, some in zip(readers, (h, h_attention), strict=False) for xa in group.inner_of_each(some)]
+            xa_up, xa_qkv = (xa for group, some in zip(self.readers, (h, h_attention), strict=False) for xa in group.inner(some))
+            inner_done = decoder.mark()
             mixed = decoder.attend(self.attention, product(qkv, h_attention, xa_qkv, B_qkv))
+            attended = self.dense(mixed)
         u = product(up, h)                                                            # (batch, ffn_hidden_size)
-        decoder.join()
+        if xa_up is not None:
+            decoder.wait(inner_done)
         g = gelu(u, xa_up, B_up)
-        with decoder.side():
-            xa = writers.inner_of_all(g, mixed)                                       # (batch, both ranks)
-            attended = product(dense, mixed, xa, writers.B)
-        fed = product(down, g)
+        with decoder.beside(1):
+            (xa_down,) = self.down.inner(g)
+            corrected = [] if xa_down is None else [torch.mm(xa_down, self.down.Bs[0].T)]
+        fed = product(self.down.bases[0], g)
         decoder.join()
-        return x, [attended, fed]
+        return x, [attended, fed, *corrected]
 
     def in_sequence(self, x, added, decoder):
-        up, qkv, down, dense = self.groups
+        up, qkv = self.readers
         x, h = add_norm(x, added, self.norms[0])
-        mixed = decoder.attend(self.attention, product(qkv.bases[0], h, *qkv.inner_of_each(h), qkv.Bs[0]))
-        x, h = add_norm(x, [product(dense.bases[0], mixed, dense.inner_of_all(mixed), dense.B)], self.norms[1])
-        g = gelu(product(up.bases[0], h), *up.inner_of_each(h), up.Bs[0])
-        return x, [product(down.bases[0], g, down.inner_of_all(g), down.B)]
+        x, h = add_norm(x, [self.dense(decoder.attend(self.attention, qkv(h)))], self.norms[1])
+        g = gelu(product(up.bases[0], h), *up.inner(h), up.Bs[0])
+        return x, [self.down(g)]
 
 
 class Decoder:
@@ -175,10 +184,12 @@ class Decoder:
         self.blocks = [DecodeBlock(block, weight.dtype) for block in model.transformer.h]
         self.cache = model.new_cache(batch, length)
         self.ids = torch.zeros(batch, dtype=torch.int64, device=weight.device)
-        self.graph = self.stream = self.logits = self.context = self.last = None
+        self.graph = self.logits = self.context = self.last = None
+        self.streams = []
         if not weight.is_cuda:
             return
-        self.stream = torch.cuda.Stream(weight.device)
+        # Of higher priority: their programs take the first places that the long chain's leave.
+        self.streams = [torch.cuda.Stream(weight.device, priority=-1) for _ in range(2)]
         # Which position each slot's token has, -1 for padding and free slots; and the one that comes next in each row.
         self.positions = torch.full((batch, length), -1, dtype=torch.int32, device=weight.device)
         self.next = torch.zeros(batch, dtype=torch.int32, device=weight.device)
@@ -238,18 +249,26 @@ class Decoder:
         return attention.mix(qkv[:, None], self.context)[:, 0]
 
     @contextlib.contextmanager
-    def side(self) -> Iterator[None]:
-        """What is launched inside runs beside what is launched after it, until `join`; and after all that came before."""
-        if self.stream is None:
+    def beside(self, number: int) -> Iterator[None]:
+        """What is launched inside runs after all that came before, beside what is launched after it, until `join`."""
+        if not self.streams:
             yield
         else:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
+            self.streams[number].wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.streams[number]):
                 yield
 
+    def mark(self) -> torch.cuda.Event | None:
+        """What has been launched on this stream so far, for another one to wait for."""
+        return torch.cuda.current_stream().record_event() if self.streams else None
+
+    def wait(self, mark: torch.cuda.Event | None) -> None:
+        if mark is not None:
+            torch.cuda.current_stream().wait_event(mark)
+
     def join(self) -> None:
-        if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
+        for stream in self.streams:
+            torch.cuda.current_stream().wait_stream(stream)
 
     def record(self, model: Falcon) -> None:
         with torch.cuda.device(self.ids.device):

@@ -42,7 +42,8 @@ from minqlora.kernels import (
 from minqlora.double_quant import DYNAMIC_MAP
 from minqlora.nf4 import NF4
 few_rows.has_table = lambda x: x.dtype != torch.float32
-few_rows.overlaps = few_rows_mma.overlaps = few_rows_wgmma.overlaps = lambda x: sys.argv[2] == "90"
+for module in (few_rows, few_rows_mma, few_rows_wgmma, decode, decode_attention):
+    module.overlaps = lambda x: sys.argv[2] == "90"
 
 dtype = getattr(torch, sys.argv[1])
 def some(*shape, dtype=dtype): return torch.zeros(shape, dtype=dtype)
@@ -87,8 +88,10 @@ for kv_heads, turned in ((1, angles), (8, None)):
 def test_what_stands_between_the_products_of_a_decode_step():
     names = compiled("bfloat16", '''
 x, weight, positions = some(2, 4544), some(4544), torch.zeros(2, 512, dtype=torch.int32)
-decode.add_norm(x, [x, x], weight, weight, 1e-5)
+decode.add_norm(x, [x, x, x], weight, weight, 1e-5)
 decode.gelu(some(2, 18176), some(2, 64), some(18176, 64))
+decode.inner(some(2, 4544), some(128, 4544))
+decode.inner(some(1, 18176), some(64, 18176))
 cache, filled = some(2, 1, 512, 64), torch.zeros((), dtype=torch.int64)
 decode_attention.decode_attention(some(2, 73 * 64), cache, cache, positions, filled, [some(512, 32), some(512, 32)], None)
 ''')

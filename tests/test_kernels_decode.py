@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from minqlora.falcon import Falcon, FalconConfig, alibi_bias, rotary_angles
 
 # The interpreter has to be on before these are imported: conftest.py sees to it.
-from minqlora.kernels.decode import add_norm, gelu  # isort: skip
+from minqlora.kernels.decode import add_norm, gelu, inner  # isort: skip
 from minqlora.kernels.decode_attention import decode_attention, stretch  # isort: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,7 +28,7 @@ def close(actual, exact, dtype, roundings=1):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("parts", [0, 1, 2])
+@pytest.mark.parametrize("parts", [0, 1, 2, 3])
 def test_the_sum_is_rounded_once_and_its_norm_is_that_of_the_rounded_sum(dtype, parts):
     torch.manual_seed(0)
     x, weight, bias = random(3, 200, dtype=dtype), random(200, dtype=dtype), random(200, dtype=dtype)
@@ -51,6 +51,17 @@ def test_gelu_adds_the_lora_part_from_columns_of_a_wider_matrix(dtype, rank, m):
     exact = F.gelu(u.double() + xa.double() @ B.double().T)
     actual = gelu(u, xa, B) if rank else gelu(u)
     assert close(actual, exact, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 3, 6])
+@pytest.mark.parametrize("k", [200, 9000])
+def test_the_inner_product_of_an_adapter(dtype, m, k):
+    torch.manual_seed(0)
+    x, A = random(m, k, dtype=dtype), random(5, k, dtype=dtype)
+    exact, sizes = x.double() @ A.double().T, x.double().abs() @ A.double().abs().T
+    # Rounded to dtype once; in float32 each product goes through at most 9000 / 1024 sums of its lane and the 10 of a tree.
+    assert ((inner(x, A).double() - exact).abs() <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 20 * 2**-24 * sizes).all()
 
 
 VARIANTS = {
