@@ -12,9 +12,9 @@ Random weights of the published shape, random prompts, greedy, no eos. Each stac
     hf, hf+lora         transformers + bitsandbytes (+ peft). transformers 5 leaves Falcon's linears in 16 bits (they are a subclass of
                         nn.Linear), so they are replaced by hand here
 
-A row is batch x prompt. `first token` is the time of generate() for one token: reading the prompt. `tokens/s` is the batch over the time
-of one more token: that of generate() for many, less that for one, over their number; median of the repeats (p20-p80 from the long
-runs). The floor of a step is what it has to read, weights and head and the filled part of the cache, over the bandwidth of a copy
+A row is batch x prompt. `first token` is the time from the call to the first token in the host's hands: reading the prompt. `tokens/s` is
+the batch over the time of one more token: from the first in the host's hands to the last, over their number; median of the repeats, and
+p20-p80. The floor of a step is what it has to read, weights and head and the filled part of the cache, over the bandwidth of a copy
 of 1 GiB timed in the same run; `of floor` is floor over time.
 
 `error` is |logits - exact| / |exact| over 32 steps of the shape's first 4 layers, all stacks with the same weights and tokens; exact
@@ -51,8 +51,9 @@ from random_falcon import SHAPES, random_falcon
 
 leave_the_folder()
 
-from minqlora import add_lora, generate, merge_lora  # noqa: E402
+from minqlora import add_lora, merge_lora  # noqa: E402
 from minqlora.fast_decode import DECODERS, Decoder  # noqa: E402
+from minqlora.generate import generate_steps  # noqa: E402
 from minqlora.lora import adapters  # noqa: E402
 from minqlora.qlora import quantize_linears  # noqa: E402
 
@@ -77,35 +78,55 @@ def attach(model) -> None:
         torch.nn.init.normal_(adapter.lora_B, std=0.02)
 
 
-def ask_ours(model, ids, new):
-    generate(model, ids, max_new_tokens=new)
+def ask_ours(model, ids, new) -> list[float]:
+    return [time.perf_counter() for _ in generate_steps(model, ids, max_new_tokens=new)]
 
 
-def ask_on_one_stream(model, ids, new):
+def ask_on_one_stream(model, ids, new) -> list[float]:
     batch, length = len(ids), ids.shape[1] + new
     known = DECODERS.get(model)
-    if known is None or known.stream is not None or not known.fits(model, batch, length):
+    if known is None or known.streams or not known.fits(model, batch, length):
         DECODERS[model] = Decoder(model, batch, length)
-        DECODERS[model].stream = None
-    ask_ours(model, ids, new)
+        DECODERS[model].streams = []
+    return ask_ours(model, ids, new)
 
 
-def ask_hf(model, ids, new):
+class Stamps:
+    """A streamer of transformers that notes when tokens arrive. The first thing it is given is the prompt."""
+
+    def __init__(self):
+        self.prompt, self.times = None, []
+
+    def put(self, ids) -> None:
+        if self.prompt is None:
+            self.prompt = ids
+        else:
+            self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def ask_hf(model, ids, new) -> list[float]:
+    stamps = Stamps()
     # Falcon's own eos never ends a random answer early.
     model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
-    )
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
+        streamer=stamps,
+    )  # fmt: skip
+    return stamps.times
 
 
 # --- Measuring --------------------------------------------------------------------------------------------------------------------------
 
 
-def seconds(call) -> float:
+def first_and_step(ask, model, ids, new: int) -> tuple[float, float]:
+    """Seconds to the first token, and for each one after it. ask returns when each token was there."""
     torch.cuda.synchronize()
     started = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - started
+    times = ask(model, ids, new)
+    assert len(times) == new
+    return times[0] - started, (times[-1] - times[0]) / (new - 1)
 
 
 def bytes_of_a_step(config, batch: int, filled: float, lora: bool, bits: float) -> float:
@@ -124,17 +145,14 @@ def measure_rows(args, stack: str, model, ask) -> Iterator[dict]:
     new = args.tokens if stack.startswith("ours") else min(args.tokens, args.hf_tokens)
     for row in args.rows.split(","):
         batch, prompt = map(int, row.split("x"))
-        ids = torch.randint(config.vocab_size, (batch, prompt), device=DEVICE)
+        prompts = torch.randint(config.vocab_size, (args.repeats + 1, batch, prompt), device=DEVICE)
         torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
-        ask(model, ids, new)                                           # compiles, records, allocates
+        ask(model, prompts[0], new)                                    # compiles, records, allocates
         torch.cuda.synchronize()
         warm = time.perf_counter() - started
-        ask(model, ids, 1)
-        first = [seconds(lambda: ask(model, ids, 1)) for _ in range(args.repeats)]             # noqa: B023 (called at once)
-        whole = [seconds(lambda: ask(model, ids, new)) for _ in range(args.repeats)]           # noqa: B023
-        once = statistics.median(first)
-        steps = sorted((t - once) / (new - 1) for t in whole)
+        firsts, steps = zip(*(first_and_step(ask, model, ids, new) for ids in prompts[1:]), strict=True)
+        once, steps = statistics.median(firsts), sorted(steps)
         step = statistics.median(steps)
         low, high = steps[round(0.2 * (len(steps) - 1))], steps[round(0.8 * (len(steps) - 1))]
         yield {
