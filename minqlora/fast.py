@@ -92,6 +92,16 @@ def gelu_backward_(u: Tensor, grad: Tensor, inner: Tensor | None, A: Tensor | No
     u.copy_(g.detach())
 
 
+def copy_into(source: Tensor, out: Tensor) -> None:
+    """out = source (M, N), one of them some columns of a wider matrix."""
+    if source.is_cuda:
+        from minqlora.kernels.copy_columns import copy_columns
+
+        copy_columns(source, out)
+    else:
+        out.copy_(source)
+
+
 def drop(x: Tensor, probability: float, seed: Tensor) -> Tensor:
     """Dropout of x (M, N) that a backward can repeat: the seed () decides what is kept, so that no mask is stored.
 
@@ -143,7 +153,9 @@ class Attended:
         grad may overlap with out: it has been read before anything is written.
         """
         # Contiguous: given a strided one, for grouped keys, cuDNN's backward in torch 2.11 is off by 100 %.
-        changes = torch.autograd.grad(self.mixed, self.read, grad.contiguous().view(self.mixed.shape))
+        contiguous = grad.new_empty(grad.shape)
+        copy_into(grad, contiguous)
+        changes = torch.autograd.grad(self.mixed, self.read, contiguous.view(self.mixed.shape))
         self.mixed = self.read = None
         if out.is_cuda:
             from minqlora.kernels.rotary import turn_back
@@ -308,7 +320,7 @@ class FusedForward(torch.autograd.Function):
         attended = Attended(block.attention, qkv, shape, context, keep)
         g = x.new_empty(len(x), writer.full_width)
         gelu_into(up, g[:, writer.columns[0]])
-        g[:, writer.columns[1]] = attended.output
+        copy_into(attended.output, g[:, writer.columns[1]])
         writer.add_lora_columns(g, seeds[2:])
         out = torch.addmm(x, g, writer.weight(x).T)
 

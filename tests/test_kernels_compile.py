@@ -36,7 +36,8 @@ from types import SimpleNamespace
 torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
 torch.cuda.get_device_capability = lambda device=None: divmod(int(sys.argv[2]), 10)
 from minqlora.kernels import (
-    cross_entropy, decode, decode_attention, dequantize_4bit, double_quant, dropout, few_rows, few_rows_mma, few_rows_wgmma, gelu,
+    copy_columns, cross_entropy, decode, decode_attention, dequantize_4bit, double_quant, dropout, few_rows, few_rows_mma,
+    few_rows_wgmma, gelu,
     layer_norm, quantize_4bit, rotary,
 )
 from minqlora.double_quant import DYNAMIC_MAP
@@ -78,6 +79,7 @@ cross_entropy.cross_entropy_(some(8, 65024), torch.zeros(8, dtype=torch.int64), 
 angles = some(1, 16, 64), some(1, 16, 64)
 for kv_heads, turned in ((1, angles), (8, None)):
     rows = (64 + 2 * kv_heads) * 64
+    copy_columns.copy_columns(wide[:, :rows], some(32, rows))
     rotary.turn(wide[:, :rows], turned, kv_heads, 64)
     rotary.turn_back(*[some(2, 64, 16, 64)] * 3, turned, kv_heads, wide[:, :rows])
 ''')  # fmt: skip

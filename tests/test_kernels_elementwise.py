@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from minqlora.falcon import rotary_angles, rotate
 
 # The interpreter has to be on before these are imported: conftest.py sees to it.
+from minqlora.kernels.copy_columns import copy_columns  # isort: skip
 from minqlora.kernels.cross_entropy import cross_entropy_  # isort: skip
 from minqlora.kernels.dropout import drop  # isort: skip
 from minqlora.kernels.gelu import gelu_backward_, gelu_into  # isort: skip
@@ -146,3 +147,15 @@ def test_dropout_drops_the_share_it_was_asked_for_and_the_same_values_again():
     torch.testing.assert_close(dropped[kept], (x / 0.9)[kept], rtol=2e-7, atol=0)
     assert torch.equal(drop(torch.ones_like(x), 0.1, seed) != 0, kept)
     assert not torch.equal(drop(x, 0.1, seed + 1) != 0, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("m, n", [(3, 70), (2, 9000), (0, 5)])
+def test_columns_are_copied_and_their_neighbours_stay(m, n, dtype):
+    wide = torch.zeros(m, n + 9, dtype=dtype, device=DEVICE)
+    source = torch.randn(m, n, device=DEVICE).to(dtype)
+    copy_columns(source, wide[:, 4 : 4 + n])
+    assert torch.equal(wide[:, 4 : 4 + n], source) and not wide[:, :4].any() and not wide[:, 4 + n :].any()
+    back = torch.empty_like(source)
+    copy_columns(wide[:, 4 : 4 + n], back)
+    assert torch.equal(back, source)
