@@ -16,13 +16,13 @@ slots that are filled at that time and no others.
 **Streams.** The parallel block has two chains that do not need each other until the next norm. Product after product leaves the GPU half
 idle at every change, so the two run side by side (h = norm(x), g = gelu(up), a = attention(qkv), A and B the adapters'):
 
-    main     norm -> up ------------------> + B_up, GELU -> down ------------------> sum, in the next norm
-    side 0   -> h A^T -> qkv -> attention -> a A^T -> dense -----------------------'
-    side 1                                  -> g A^T -> B_down --------------------'
+    main     norm -> up -----------------------> + B_up, GELU -> down -------------> sum, in the next norm
+    side 0   -> h A^T -> qkv -> attention -> dense --------------------------------'
+    side 1                              -> a A^T -> B_dense  -> g A^T -> + B_down -'
 
 **Adapters off the long chain.** At rank 64 they add 6 % to what is read, but eight small products a block, one after the other, would
 cost far more. A of up and qkv stand above each other and are one product. What LoRA adds to up is added on the way into GELU, what it adds
-to down is a third part of the sum; dense and qkv, on the side, add theirs themselves. The products read copies in the model's dtype,
+to down and dense is a third part of the sum; qkv adds its own itself. The products read copies in the model's dtype,
 2 bytes a value of the adapter, B times s = alpha / rank, refreshed at each call.
 
 **The ladder**, ms a step, Falcon-7B in 4 bits on one H100, one row, recorded and replayed; in brackets with an adapter of rank 64:
@@ -118,6 +118,13 @@ class Linears:
             return [None] * len(self.ranks)
         return [xa if xa.shape[1] else None for xa in inner(x, self.A).split(self.ranks, dim=1)]
 
+    def correction(self, x: Tensor, onto: Tensor | None = None) -> Tensor | None:
+        """Of a single linear: onto + x A^T B^T (batch, out_features), what LoRA adds to its output."""
+        (xa,), (B,) = self.inner(x), self.Bs
+        if xa is None:
+            return onto
+        return torch.mm(xa, B.T) if onto is None else torch.addmm(onto, xa, B.T)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Of a single linear: all of its output."""
         (base,), (xa,), (B,) = self.bases, self.inner(x), self.Bs
@@ -155,17 +162,20 @@ class DecodeBlock:
             xa_up, xa_qkv = (xa for group, some in zip(self.readers, (h, h_attention), strict=False) for xa in group.inner(some))
             inner_done = decoder.mark()
             mixed = decoder.attend(self.attention, product(qkv, h_attention, xa_qkv, B_qkv))
-            attended = self.dense(mixed)
+            mixed_done = decoder.mark()
+            attended = self.dense.bases[0](mixed)
+        with decoder.beside(1):
+            decoder.wait(mixed_done)
+            corrected = self.dense.correction(mixed)
         u = product(up, h)                                                            # (batch, ffn_hidden_size)
         if xa_up is not None:
             decoder.wait(inner_done)
         g = gelu(u, xa_up, B_up)
         with decoder.beside(1):
-            (xa_down,) = self.down.inner(g)
-            corrected = [] if xa_down is None else [torch.mm(xa_down, self.down.Bs[0].T)]
-        fed = product(self.down.bases[0], g)
+            corrected = self.down.correction(g, onto=corrected)
+        fed = self.down.bases[0](g)
         decoder.join()
-        return x, [attended, fed, *corrected]
+        return x, [attended, fed] if corrected is None else [attended, fed, corrected]
 
     def in_sequence(self, x, added, decoder):
         up, qkv = self.readers
