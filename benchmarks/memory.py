@@ -40,7 +40,7 @@ from minqlora.plan import CONTEXT, parameter_count, parse_memory, plan  # noqa: 
 
 # name: batch x length, adapters, optimizer.
 ROWS = {
-    "falcon-7b@6GB": ("1x512", "bfloat16", "paged"),
+    "falcon-7b@6.5GB": ("1x512", "bfloat16", "paged"),
     "falcon-7b@16GB": ("16x512", "float32", "adamw"),
     "llama-33B@24GB": ("1x512", "float32", "adamw8bit"),
     "llama-65B@48GB": ("1x512", "float32", "adamw"),

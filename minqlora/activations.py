@@ -228,16 +228,19 @@ def own_gradients(flags: Flags, *done: Linear) -> dict[str, int]:
     return {"its adapters' gradients": flags.rank * features * flags.adapter_dtype.itemsize * (flags.accumulate == 1)}
 
 
-def block_at_work(config: FalconConfig, flags: Flags) -> tuple[dict[str, int], int]:
-    """A block at its fullest, from the end of its forward to that of its backward: its tensors, and the workspace for a weight."""
+def block_at_work(config: FalconConfig, flags: Flags, kept: bool) -> tuple[dict[str, int], int]:
+    """A block at its fullest, from the end of its forward to that of its backward: its tensors, and the workspace for a weight.
+
+    kept: its products have been there since the forward. It matters where blocks are fused.
+    """
     if flags.fused:
-        return fused_block_at_work(config, flags)
+        return fused_block_at_work(config, flags, kept)
     qkv, dense, _, down = block_linears(config, flags.targets)
-    kept, output = kept_by_block(config, flags), {"gradient of the output": flags.rows(config.hidden_size)}
-    before_dense = {name: size for name, size in kept.items() if name not in kept_by_adapter(dense, flags)}
+    left, output = kept_by_block(config, flags), {"gradient of the output": flags.rows(config.hidden_size)}
+    before_dense = {name: size for name, size in left.items() if name not in kept_by_adapter(dense, flags)}
     gradients, weight = backward_of_mlp(config, flags)
     moments = [
-        (kept | end_of_forward(config, flags), 0),
+        (left | end_of_forward(config, flags), 0),
         (before_dense | output | backward_of_attention(config, flags) | own_gradients(flags, dense), 0),
         (kept_until_mlp(config, flags) | output | gradients
          | own_gradients(flags, down, *((dense, qkv) if config.parallel_attn else ())), weight),
@@ -310,23 +313,32 @@ def left_by_fused_block(config: FalconConfig, flags: Flags) -> tuple[int, int, i
     return flags.rows(4 * flags.rank), sum(fused_products(config, flags).values()), blocks
 
 
-def fused_block_at_work(config: FalconConfig, flags: Flags) -> tuple[dict[str, int], int]:
-    """A fused block's backward at its fullest, in dropout or in attention, and the weights that it then works with: the readers'.
+def fused_block_at_work(config: FalconConfig, flags: Flags, kept: bool) -> tuple[dict[str, int], int]:
+    """A fused block's backward at its fullest, and the weight that it then works with.
 
-    The writer's weight is gone by then. It came first, when norms and products need not be there yet, and is no larger.
+    The writer's weight comes first, and is gone when norms and products are there. A single reader's, wanted for the products and again for
+    their gradient, stays in between; two readers' take turns.
     """
     readers, (hidden, width) = fused_widths(config, flags.rank)
-    there = {"gradient of the output": flags.rows(hidden), "norms and x A^T": sum(flags.rows(wide) for _, wide in readers)}
+    writer, *weights = (rows * wide * flags.dtype.itemsize for rows, wide in ((hidden, width), *readers))
+    held = weights[0] if len(weights) == 1 else 0
     # One matrix is the gradient of [gelu(up) | mixed values | x A^T] first, and that of [up | query_key_value] then.
-    there |= {"gradients, one matrix": flags.rows(max(width, sum(rows for rows, _ in readers)))}
+    matrix = flags.rows(max(width, sum(rows for rows, _ in readers)))
+    there = {"gradient of the output": flags.rows(hidden), "gradients, one matrix": matrix}
+    later = there | {"norms and x A^T": sum(flags.rows(wide) for _, wide in readers)}
     products = fused_products(config, flags)
     # When attention's backward comes, `up` is let go; but where it shares a matrix with what attention read, that is held.
     qkv, dense, up, down = block_linears(config)
     copied = flags.device != "cpu" and 1 < config.num_kv_heads < config.num_attention_heads
-    held = 0 if copied else qkv.out_features + up.out_features * (config.num_ln_in_parallel_attn == 1)
+    read = 0 if copied else qkv.out_features + up.out_features * (config.num_ln_in_parallel_attn == 1)
     # A block hands out the gradients of its adapters all at once, at its end; those of down and dense are there before attention's.
     done = own_gradients(replace(flags, accumulate=1), dense, down)
-    moments = (products | {"through A, and dropped": 2 * flags.rows(config.ffn_hidden_size) * (flags.dropout > 0)},
-               products | {"up and query_key_value": flags.rows(held)} | done | backward_of_attention(config, flags))
-    weights = sum(rows * wide for rows, wide in readers) * flags.dtype.itemsize
-    return there | max(moments, key=lambda moment: sum(moment.values())), weights
+    both = {"up and query_key_value": products["up and query_key_value"]}
+    moments = [
+        (there | (products if kept else {}), writer),
+        (later | ({} if kept else both), held if kept else max(weights)),
+        (later | products | {"through A, and dropped": 2 * flags.rows(config.ffn_hidden_size) * (flags.dropout > 0)}, held),
+        (later | products | {"up and query_key_value": flags.rows(read)} | done | backward_of_attention(config, flags), held),
+        (later | done | {"gradient of a norm": flags.rows(readers[0][1])}, weights[0]),
+    ]
+    return max(moments, key=lambda moment: sum(moment[0].values()) + moment[1])

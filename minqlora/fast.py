@@ -300,9 +300,9 @@ class FusedBlock:
             norm_into(x, norm, inputs[-1][:, : product.width])
         return inputs
 
-    def up_and_qkv(self, inputs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
-        """[up (M, ffn), qkv (M, qkv_features)]"""
-        outputs = [h @ weight.T for h, weight in zip(inputs, weights, strict=True)]
+    def up_and_qkv(self, inputs: list[Tensor], weight: Tensor | None = None) -> list[Tensor]:
+        """[up (M, ffn), qkv (M, qkv_features)]; where there are two norms, one weight at a time."""
+        outputs = [h @ (product.weight(h) if weight is None else weight).T for h, product in zip(inputs, self.readers, strict=True)]
         return [y[:, places] for y, product in zip(outputs, self.readers, strict=True) for places in product.places]
 
 
@@ -316,7 +316,7 @@ class FusedForward(torch.autograd.Function):
         inputs = block.normed(x)
         for h, product, some in zip(inputs, block.readers, block.seeds, strict=True):
             product.add_lora_columns(h, seeds[some])
-        up, qkv = block.up_and_qkv(inputs, [product.weight(x) for product in block.readers])
+        up, qkv = block.up_and_qkv(inputs)
         attended = Attended(block.attention, qkv, shape, context, keep)
         g = x.new_empty(len(x), writer.full_width)
         gelu_into(up, g[:, writer.columns[0]])
@@ -348,11 +348,12 @@ class FusedForward(torch.autograd.Function):
         inputs = block.normed(x)
         for h, xa, product in zip(inputs, readers_xa, readers, strict=True):
             h[:, product.width :] = xa
-        weights = [product.weight(x) for product in readers]
+        # A single weight is wanted twice, below again. Two take turns, and are dequantized twice: they would be the largest tensors here.
+        weight = readers[0].weight(x) if len(readers) == 1 else None
         if ctx.kept is not None:
             (up, attended), ctx.kept = ctx.kept, None
         else:
-            up, qkv = block.up_and_qkv(inputs, weights)
+            up, qkv = block.up_and_qkv(inputs, weight)
             attended = Attended(block.attention, qkv, ctx.shape, ctx.context, keep=True)
 
         first, second = writer.columns
@@ -369,12 +370,12 @@ class FusedForward(torch.autograd.Function):
 
         grad_x, reader_adapters = grad, []
         parts = slices([product.rows for product in readers])        # of [d up | d qkv]
-        for norm, product, h, part, weight, some in zip(block.norms, readers, inputs, parts, weights, block.seeds, strict=True):
+        for norm, product, h, part, some in zip(block.norms, readers, inputs, parts, block.seeds, strict=True):
             grad_y = matrix[:, part]
             # The first block's input is the embedding, which is frozen: only the spare columns' gradient is wanted.
             start = 0 if ctx.needs_input_grad[0] else product.width
             wide_h = x.new_empty(len(x), product.full_width)
-            torch.mm(grad_y, weight[:, start:], out=wide_h[:, start:])
+            torch.mm(grad_y, (product.weight(x) if weight is None else weight)[:, start:], out=wide_h[:, start:])
             hs = [h[:, : product.width]] * len(product.linears)
             grads = [grad_y[:, places] for places in product.places]
             reader_adapters += product.adapter_gradients(hs, h[:, product.width :], wide_h, grads, seeds[some])

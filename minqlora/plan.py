@@ -33,9 +33,9 @@ from minqlora.falcon import FalconConfig
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 NESTED_BLOCKSIZE = 256                           # scales that share a scale, with double quantization
-CONTEXT = 600 * 2**20                            # a CUDA context with torch's and Triton's kernels loaded: the order of it on an H100
+CONTEXT = 840 * 2**20                            # a CUDA context with the kernels loaded: 0.80 to 0.88 GB on an H100 and an H200
 LIBRARIES = 2 * 32 * 2**20                       # cuBLAS's workspaces on Hopper, the forward's thread and the backward's; torch counts them
-SLACK = 0.03                                     # of what comes and goes: a freed block rarely fits the next tensor exactly
+SLACK = 64 * 2**20                               # freed pieces that fit nothing else: 0.05 GB under a cap that is just enough, else more
 
 
 # The parts that stay --------------------------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ class Ledger:
     flags: Flags
     resident: dict[str, int]                     # by part
     moments: dict[str, dict[str, int]]           # what comes and goes, by moment and part
-    block: dict[str, int]                        # a block's backward, tensor by tensor
+    blocks: dict[str, dict[str, int]]            # of those of them that are a block's backward: tensor by tensor
     context: int
     slack: int
 
@@ -138,9 +138,11 @@ def plan(config: FalconConfig, flags: Flags, context: int = CONTEXT) -> Ledger:
     # From the second batch of a step on, the first one's gradients are there all the time.
     before = gradients if flags.accumulate > 1 else 0
 
-    block, workspace = activations.block_at_work(config, flags)
     entry = flags.rows(config.hidden_size)                                             # the input of a block, or of the last norm
     thin, kept, blocks_kept = activations.left_by_block(config, flags)
+    # The last block always keeps its products.
+    at_work = {"backward of the last block": activations.block_at_work(config, flags, True),
+               "backward of the first block": activations.block_at_work(config, flags, blocks_kept == layers)}
     left, shared = entry + thin, sum(activations.shared_by_blocks(config, flags).values())
     waiting = {
         "loss": layers * left + blocks_kept * kept + entry + shared,
@@ -156,7 +158,8 @@ def plan(config: FalconConfig, flags: Flags, context: int = CONTEXT) -> Ledger:
     for name, parts in moments.items():
         if name in waiting:
             parts["kept for the backward"] = waiting[name]
-        if name.startswith("backward"):
+        if name in at_work:
+            block, workspace = at_work[name]
             parts |= {"block at work": sum(block.values()), "weight, dequantized": workspace}
         parts["cuBLAS"] = LIBRARIES * cuda
     if flags.recorded:
@@ -166,8 +169,8 @@ def plan(config: FalconConfig, flags: Flags, context: int = CONTEXT) -> Ledger:
         held = max(sum(one[name].values()) for name in waiting) - LIBRARIES * cuda
         stays_too = {"gradients": gradients + before, "held by the recording": held, "cuBLAS": LIBRARIES * cuda}
         moments = {"replay": stays_too, "optimizer's step": moments["optimizer's step"] | stays_too}
-    fullest = max(sum(parts.values()) for parts in moments.values())
-    return Ledger(config, flags, stays, moments, block, context * cuda, int(SLACK * fullest) * cuda)
+    blocks = {name: block for name, (block, _) in at_work.items()}
+    return Ledger(config, flags, stays, moments, blocks, context * cuda, SLACK * cuda)
 
 
 # What would make it fit -----------------------------------------------------------------------------------------------------------------
@@ -271,7 +274,7 @@ def notes(ledger: Ledger) -> dict[str, str]:
     config, flags = ledger.config, ledger.flags
     linears, layers = block_linears(config, flags.targets), config.num_hidden_layers
     weights, tied = layers * sum(linear.numel for linear in linears), config.tie_word_embeddings is not False
-    two = sorted(ledger.block.items(), key=lambda item: -item[1])[:2]
+    two = sorted(ledger.blocks.get(ledger.peak, {}).items(), key=lambda item: -item[1])[:2]
     beside = f", {4 * flags.rank} values a token" if flags.fused else "" if flags.checkpointing else ", and what autograd keeps"
     return {
         "weights in 4 bits": f"{weights / 1e9:.3f} billion, half a byte each",
@@ -318,7 +321,7 @@ def report(ledger: Ledger, name: str = "falcon", memory: int | None = None) -> s
         *[row(part, size, told[part]) for part, size in ledger.moments[ledger.peak].items() if size],
         rule,
         row("allocated, at the peak", ledger.allocated, f"in the {ledger.peak}"),
-        *[row("allocator's gaps", ledger.slack, f"{SLACK:.0%} of what comes and goes"),
+        *[row("allocator's gaps", ledger.slack, "freed pieces that fit nothing else"),
           row("CUDA context", ledger.context, "driver and kernels; depends on the machine"),
           row("in use on the device", ledger.total)] * (flags.device != "cpu"),
         "",

@@ -244,7 +244,7 @@ def test_a_blocks_backward_peaks_where_planned(kind, checkpointing, dtype, dropo
         y.backward(grad)
 
     _, most = peak_of(forward_and_backward)
-    named, workspace = activations.block_at_work(SMALL[kind], flags)
+    named, workspace = activations.block_at_work(SMALL[kind], flags, kept=False)
     # The gradient of the output was there before, and so were those of the adapters; the output is there as well.
     planned = sum(named.values()) + workspace - named.get("its adapters' gradients", 0)
     assert 0 <= most - planned <= SCRATCH, f"{most:,} measured, {planned:,} planned"
@@ -277,7 +277,7 @@ def test_a_fused_block_keeps_and_peaks_as_planned(kind, dtype, keep, length, mon
     left, _ = peak_of(forward)
     assert 0 <= left - (x.nbytes + thin + products * keep) <= 64           # and four seeds
     _, most = peak_of(lambda: out.pop("y").backward(grad))
-    named, workspace = activations.block_at_work(config, flags)
+    named, workspace = activations.block_at_work(config, flags, keep)
     planned = sum(named.values()) + workspace - grad.nbytes - products * keep
     # The kernel that turns gradients back has no temporaries; autograd has two, which show where `up` was let go before.
     turning = flags.rows(2 * config.hidden_size) * (config.num_ln_in_parallel_attn == 2)
