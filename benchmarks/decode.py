@@ -269,16 +269,16 @@ def plot(head: dict, rows: list[dict], path: Path) -> None:
     stacks = [stack for process in STACKS.values() for stack in process if any(r["stack"] == stack and "step_ms" in r for r in rows)]
     timed = [r for r in rows if "step_ms" in r]
     names = list(dict.fromkeys(r["row"] for r in timed))
-    panels = (("tokens_per_second", "tokens a second", [n for n in names if n.endswith("x128")]),
-              ("first_token_ms", "time to the first token, ms", [n for n in names if n.startswith("1x")]))
+    panels = (("tokens_per_second", "tokens a second", "log", [n for n in names if n.endswith("x128")]),
+              ("first_token_ms", "time to the first token, ms", "linear", [n for n in names if n.startswith("1x")]))
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for axis, (key, label, shown) in zip(axes, panels, strict=True):
+    for axis, (key, label, scale, shown) in zip(axes, panels, strict=True):
         for i, stack in enumerate(stacks):
             found = {r["row"]: r[key] for r in timed if r["stack"] == stack}
             places, heights = [j + 0.8 * i / len(stacks) for j in range(len(shown))], [found.get(name, 0) for name in shown]
             axis.bar(places, heights, 0.8 / len(stacks), label=stack)
         axis.set_xticks([j + 0.4 - 0.4 / len(stacks) for j in range(len(shown))], shown)
-        axis.set(ylabel=label, xlabel="batch x prompt", yscale="log")
+        axis.set(ylabel=label, xlabel="batch x prompt", yscale=scale)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(frameon=False)
     figure.suptitle(f"{head['model']} decoding, {head['gpu']}, torch {head['torch']}, {head['date']}", fontsize=10)
