@@ -78,7 +78,9 @@ def our_step(args, row, stack):
     else:
         blocks = fuse(model)
         a_block = batch * length * blocks[0].kept_width * 2
-        loss = GraphedLoss(model, fuse(model, int(args.keep * 2**30) if stack == "kept" else BLOCKS_KEPT.get(row, 1) * a_block))
+        loss = GraphedLoss(model, fuse(model, *(
+            (int(args.keep * 2**30), batch * length) if stack == "kept" else (BLOCKS_KEPT.get(row, 1) * a_block,)
+        )))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, args.optimizer, lr=2e-4)
     learned = torch.arange(batch * length, device=DEVICE).view(batch, length)[:, 1:].flatten()

@@ -327,7 +327,7 @@ def run(args: argparse.Namespace) -> int:
 
     loss, (fused, recorded) = answer_loss, uses_fast(args, model.config, device)
     if fused:
-        blocks = fuse(model, args.keep_bytes)
+        blocks = fuse(model, args.keep_bytes, args.batch_size * args.length)
         loss = GraphedLoss(model, blocks) if recorded else fused_loss
     optimizer = make_optimizer(model.parameters(), args.optimizer, args.lr, weight_decay=args.weight_decay)
     outcome = train(model, optimizer, rows, train_config(args), output, eos, held_out, args.resume, save, loss)

@@ -303,14 +303,26 @@ def fused_products(config: FalconConfig, flags: Flags) -> dict[str, int]:
     return {"up and query_key_value": flags.rows(up.out_features + qkv.out_features)} | attention
 
 
-def left_by_fused_block(config: FalconConfig, flags: Flags) -> tuple[int, int, int]:
-    """x A^T of its four linears, always; its products in as many blocks as keep_bytes is enough for, as fast.py counts, and in the last."""
+def fused_kept_bytes(config: FalconConfig, flags: Flags) -> int:
+    """What fast.py takes a kept block for. Where several heads share one of several keys, those are repeated for each head."""
     qkv, dense, up, _ = block_linears(config)
     repeated = 1 < config.num_kv_heads < config.num_attention_heads
     read = 3 * config.num_attention_heads * config.head_dim if repeated else qkv.out_features
-    each = flags.rows(up.out_features + qkv.out_features + dense.in_features + read)
-    blocks = min(config.num_hidden_layers, max(1, flags.keep_bytes // each))
+    return flags.rows(up.out_features + qkv.out_features + dense.in_features + read)
+
+
+def left_by_fused_block(config: FalconConfig, flags: Flags) -> tuple[int, int, int]:
+    """x A^T of its four linears, always; its products in as many blocks as keep_bytes is enough for, as fast.py counts, and in the last."""
+    blocks = min(config.num_hidden_layers, max(1, flags.keep_bytes // fused_kept_bytes(config, flags)))
     return flags.rows(4 * flags.rank), sum(fused_products(config, flags).values()), blocks
+
+
+def fused_weights_kept(config: FalconConfig, flags: Flags) -> int:
+    """Bytes of the weights that stay dequantized, because keep_bytes is more than the products of all blocks take; as fast.py counts."""
+    readers, (hidden, width) = fused_widths(config, flags.rank)
+    each = (sum(rows * wide for rows, wide in readers) + hidden * width) * flags.dtype.itemsize
+    left = flags.keep_bytes - config.num_hidden_layers * fused_kept_bytes(config, flags)
+    return each * min(config.num_hidden_layers, max(0, left) // each)
 
 
 def fused_block_at_work(config: FalconConfig, flags: Flags, kept: bool) -> tuple[dict[str, int], int]:

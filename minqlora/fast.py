@@ -28,7 +28,8 @@ readers (of h) and the writer (into x).
 forward is; computing a block again makes three. But a backward wants a linear's *input*, never its output. So when only x is kept, the
 products down and dense, half of the block, need not be done again: a step costs 2.5 forward passes and not 3. What is small and dear is
 kept beside x: x A^T of all four linears, 4 * rank values a token. Where memory is left over (`keep_bytes`), the last blocks keep their
-products and their attention too, and recompute norm and GELU alone: 2 forward passes.
+products and their attention too, and recompute norm and GELU alone: 2 forward passes. What is then still left over keeps weights
+dequantized, which otherwise takes the time of 2 bytes a weight, there and back, at each step.
 
 The backward works in as few matrices as it can: GELU's overwrites up by g and dg by d up, and d qkv lands beside d up, where the next
 product wants it. What was kept is used up by that; walked back a second time, a block computes everything again.
@@ -186,6 +187,7 @@ class Product:
         # For each linear: its columns of the input, its spare columns, its rows of the weight.
         self.columns = [slice(0, ins[0])] * len(linears) if share_input else slices(ins)
         self.spare = slices(ranks, self.width)
+        self.kept_weight = None                                      # `weight` as it was, where memory is left over for it
         self.places = slices(outs) if share_input else [slice(0, outs[0])] * len(linears)
 
     def add_lora_columns(self, x: Tensor, seeds: Tensor) -> None:
@@ -200,14 +202,19 @@ class Product:
         return torch.cat([linear.lora_A for linear in self.linears]).to(dtype)          # (sum of ranks, width)
 
     def weight(self, like: Tensor) -> Tensor:
-        """[W | scale B], (rows, full_width): a workspace that the caller drops."""
+        """[W | scale B], (rows, full_width): a workspace that the caller drops, or the kept one with B as it is now."""
+        weight = self.dequantized(like) if self.kept_weight is None else self.kept_weight
+        for linear, spare, places in zip(self.linears, self.spare, self.places, strict=True):
+            torch.mul(linear.lora_B.detach(), linear.scale, out=weight[places, spare])
+        return weight
+
+    def dequantized(self, like: Tensor) -> Tensor:
+        """[W | 0], and what belongs to scale B undefined."""
         weight = like.new_empty(self.rows, self.full_width)
         for i, (linear, columns, places) in enumerate(zip(self.linears, self.columns, self.places, strict=True)):
             dequantize_into(linear.base, weight[places, columns])
             for j, spare in enumerate(self.spare):
-                if i == j:
-                    torch.mul(linear.lora_B.detach(), linear.scale, out=weight[places, spare])
-                elif self.share_input:
+                if i != j and self.share_input:
                     weight[places, spare] = 0                        # one linear's LoRA adds nothing to the other's output
         return weight
 
@@ -286,6 +293,8 @@ class FusedBlock:
         repeated = 1 < attention.kv_heads < heads
         read = 3 * heads * attention.head_dim if repeated else qkv.out_features
         self.kept_width = up.out_features + qkv.out_features + dense.in_features + read
+        self.products = [*self.readers, self.writer]
+        self.weight_numel = sum(product.rows * product.full_width for product in self.products)
 
     def drops(self) -> tuple[float, ...]:
         """The rate of dropout of each linear, in the order of `adapters`."""
@@ -385,12 +394,14 @@ class FusedForward(torch.autograd.Function):
         return grad_x if ctx.needs_input_grad[0] else None, None, None, None, None, *reader_adapters, *writer_adapters
 
 
-def fuse(model: Falcon, keep_bytes: int = 0) -> list[FusedBlock]:
+def fuse(model: Falcon, keep_bytes: int = 0, tokens: int | None = None) -> list[FusedBlock]:
     """Let the blocks of a Falcon with LoRA on all linears train by the functions above, in place.
 
     keep_bytes is the memory to spend on not computing again: as many blocks as fit keep their products, the last ones first, since their
     memory is free again when the backward comes to the others. The last block always keeps its own: its backward, the first,
-    would need as much. Decoding with a cache goes on as before. Returns the blocks' fused halves.
+    would need as much. If `tokens`, the most of a batch, is given and the products of all blocks do not use up keep_bytes, the rest
+    keeps weights as they are multiplied: dequantized once, for as many blocks as fit. Decoding with a cache goes on as before.
+    Returns the blocks' fused halves.
 
     The linears are taken as they stand: whoever replaces one afterwards (merge_lora) undoes it first, by `del block.forward`. ValueError
     for a model that these functions do not cover.
@@ -408,9 +419,19 @@ def fuse(model: Falcon, keep_bytes: int = 0) -> list[FusedBlock]:
         raise ValueError(f"the fused block and loss train adapters alone, and {loose[0]} requires a gradient too")
     model.checkpointing = False                                      # a fused block has its own
     blocks = [FusedBlock(block) for block in layers]
+    like = model.transformer.word_embeddings.weight
+    for block in blocks[: weights_kept(blocks, keep_bytes, tokens, like.element_size())]:
+        for product in block.products:
+            product.kept_weight = product.dequantized(like)
     for index, (block, fused) in enumerate(zip(layers, blocks, strict=True)):
         block.forward = functools.partial(forward, block, fused, len(layers) - index, keep_bytes)
     return blocks
+
+
+def weights_kept(blocks: list[FusedBlock], keep_bytes: int, tokens: int | None, itemsize: int) -> int:
+    """In how many blocks the weights stay dequantized. The products come first: for a byte they save some five times as much."""
+    left = 0 if tokens is None else keep_bytes - len(blocks) * tokens * blocks[0].kept_width * itemsize
+    return min(len(blocks), max(0, left) // (blocks[0].weight_numel * itemsize))
 
 
 def forward(block: FalconBlock, fused: FusedBlock, from_the_end: int, keep_bytes: int, x: Tensor, context: Context) -> Tensor:

@@ -94,6 +94,8 @@ def resident(config: FalconConfig, flags: Flags) -> dict[str, int]:
     else:
         weights = {"weights": layers * sum(linear.numel for linear in linears) * e}
     heads = 2 if config.tie_word_embeddings is False else 1
+    if flags.fused and (kept := activations.fused_weights_kept(config, flags)):
+        weights |= {"weights kept dequantized": kept}
     return weights | {"embeddings": heads * config.vocab_size * config.hidden_size * e, "norms, biases": norms_and_biases(config) * e,
                       "adapters": sum(numels) * flags.adapter_dtype.itemsize, "optimizer states": optimizer_bytes(numels, flags.optimizer)}
 
@@ -279,6 +281,7 @@ def notes(ledger: Ledger) -> dict[str, str]:
     return {
         "weights in 4 bits": f"{weights / 1e9:.3f} billion, half a byte each",
         "weights": f"{weights / 1e9:.3f} billion in {short(flags.dtype)}",
+        "weights kept dequantized": "what keep_bytes has left over",
         "absmax": f"a block of {flags.blocksize}: " + (f"8 bits; {NESTED_BLOCKSIZE} blocks: a float" if flags.double_quant else "a float"),
         "embeddings": f"{config.vocab_size} x {config.hidden_size} in {short(flags.dtype)}, {'also' if tied else 'twice: and'} the head",
         "adapters": f"{sum(adapter_numels(config, flags)) / 1e6:.1f} million in {short(flags.adapter_dtype)}",

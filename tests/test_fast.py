@@ -15,6 +15,7 @@ from minqlora.data import Batch
 from minqlora.falcon import Falcon, FalconConfig
 from minqlora.fast import drop, fuse
 from minqlora.fast_loss import GraphedLoss, fused_loss
+from minqlora.lora import adapters
 from minqlora.qlora import add_lora, quantize_linears
 from minqlora.train import answer_loss
 
@@ -72,6 +73,35 @@ def test_the_fused_block_and_loss_give_the_loss_and_gradients_of_the_readable_on
     assert abs(actual - expected) <= tolerance * expected
     for name, gradient in gradients.items():
         assert (fused_gradients[name] - gradient).norm() <= tolerance * gradient.norm(), name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_is_left_over_keeps_weights_dequantized(variant, monkeypatch):
+    """In one of three blocks, with B as it is at each step."""
+    model, batch = adapted(VARIANTS[variant]), a_batch(97)
+    fused = copy.deepcopy(model)
+    fused.zero_grad()
+    probe = fuse(copy.deepcopy(model))
+    blocks = fuse(fused, 3 * 80 * 4 * probe[0].kept_width + 4 * probe[0].weight_numel, tokens=80)
+    assert [block.writer.kept_weight is not None for block in blocks] == [True, False, False]
+    asked, into = [], fast.dequantize_into
+    monkeypatch.setattr(fast, "dequantize_into", lambda base, out: (asked.append(base), into(base, out)))
+    for _ in range(2):
+        model.zero_grad()
+        fused.zero_grad()
+        expected, gradients = loss_and_gradients(model, batch, answer_loss)
+        asked.clear()
+        actual, fused_gradients = loss_and_gradients(fused, batch, fused_loss)
+        # Four linears of two blocks, there and back.
+        assert len(asked) == 2 * 4 * 2
+        tolerance = 400**0.5 * 6 * 6e-8 * 2                          # as above
+        assert abs(actual - expected) <= tolerance * expected
+        for name, gradient in gradients.items():
+            assert (fused_gradients[name] - gradient).norm() <= tolerance * gradient.norm(), name
+        with torch.no_grad():
+            for one, other in zip(adapters(model).values(), adapters(fused).values(), strict=True):
+                one.lora_B += torch.randn_like(one.lora_B)
+                other.lora_B.copy_(one.lora_B)
 
 
 def with_kernels(module):

@@ -304,6 +304,21 @@ def test_the_loss_peaks_where_planned(dtype):
     assert 0 <= max(during, left + most) - planned <= 4 * hidden.nbytes + 16 * tokens
 
 
+@pytest.mark.parametrize("kind", ["7b", "40b"])
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_weights_are_kept_dequantized_as_planned(kind, blocks):
+    config = SMALL[kind]
+    flags = Flags(batch_size=8, length=16, rank=4, dropout=0.0, dtype=torch.float32, fused=True, device="cpu")
+    probe = fast.fuse(falcon(config, flags))
+    each = probe[0].weight_numel * 4
+    products = config.num_hidden_layers * flags.tokens * probe[0].kept_width * 4
+    flags = replace(flags, keep_bytes=products + blocks * each + each // 2)
+    kept = [product.kept_weight for block in fast.fuse(falcon(config, flags), flags.keep_bytes, flags.tokens) for product in block.products]
+    held = sum(weight.nbytes for weight in kept if weight is not None)
+    assert held == blocks * each == activations.fused_weights_kept(config, flags)
+    assert plan(config, flags).resident.get("weights kept dequantized", 0) == held
+
+
 def test_an_8bit_update_takes_the_planned_temporaries(monkeypatch):
     numels = [2**14, 2**15, 2**14]
     params = [nn.Parameter(torch.randn(n)) for n in numels]
@@ -356,7 +371,7 @@ def test_a_step_on_a_gpu_peaks_within_five_percent_of_the_plan(changes):
         model = falcon(config, flags)
     model.checkpointing = flags.checkpointing
     if flags.fused:
-        fast.fuse(model, flags.keep_bytes)
+        fast.fuse(model, flags.keep_bytes, flags.tokens)
     loss = fast_loss.fused_loss if flags.fused else answer_loss
     optimizer = optim.make_optimizer(model.parameters(), flags.optimizer)
     ids = torch.randint(config.vocab_size, (flags.batch_size, flags.length), device="cuda")
