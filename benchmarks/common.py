@@ -123,3 +123,13 @@ def matrix_rate() -> float:
     """TFLOP/s of an 8192-cube product in bfloat16."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     return 2 * 8192**3 / median_ms(lambda: a @ b) / 1e9
+
+
+def grouped_bars(axis, names: list[str], values: dict[str, dict[str, float]], **labels) -> None:
+    """A group of bars for each name, in it one for each stack of `values`; labels are what axis.set takes."""
+    width = 0.8 / len(values)
+    for i, (stack, found) in enumerate(values.items()):
+        axis.bar([j + i * width for j in range(len(names))], [found.get(name, 0) for name in names], width, label=stack)
+    axis.set_xticks([j + 0.4 - width / 2 for j in range(len(names))], names)
+    axis.set(**labels)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -39,6 +39,7 @@ from common import (
     RESULTS,
     about,
     asked_apart,
+    grouped_bars,
     header,
     leave_the_folder,
     results_path,
@@ -273,13 +274,8 @@ def plot(head: dict, rows: list[dict], path: Path) -> None:
               ("first_token_ms", "time to the first token, ms", "linear", [n for n in names if n.startswith("1x")]))
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
     for axis, (key, label, scale, shown) in zip(axes, panels, strict=True):
-        for i, stack in enumerate(stacks):
-            found = {r["row"]: r[key] for r in timed if r["stack"] == stack}
-            places, heights = [j + 0.8 * i / len(stacks) for j in range(len(shown))], [found.get(name, 0) for name in shown]
-            axis.bar(places, heights, 0.8 / len(stacks), label=stack)
-        axis.set_xticks([j + 0.4 - 0.4 / len(stacks) for j in range(len(shown))], shown)
-        axis.set(ylabel=label, xlabel="batch x prompt", yscale=scale)
-        axis.spines[["top", "right"]].set_visible(False)
+        values = {stack: {r["row"]: r[key] for r in timed if r["stack"] == stack} for stack in stacks}
+        grouped_bars(axis, shown, values, ylabel=label, xlabel="batch x prompt", yscale=scale)
     axes[0].legend(frameon=False)
     figure.suptitle(f"{head['model']} decoding, {head['gpu']}, torch {head['torch']}, {head['date']}", fontsize=10)
     figure.tight_layout()

@@ -28,7 +28,18 @@ import time
 from pathlib import Path
 
 import torch
-from common import RESULTS, about, asked_apart, header, leave_the_folder, results_path, rows_of_child, write_profile, write_results
+from common import (
+    RESULTS,
+    about,
+    asked_apart,
+    grouped_bars,
+    header,
+    leave_the_folder,
+    results_path,
+    rows_of_child,
+    write_profile,
+    write_results,
+)
 from hugging_face import attach_hf, make_hf, quantize_by_hand
 from random_falcon import SHAPES, random_falcon
 
@@ -181,13 +192,8 @@ def plot(head: dict, rows: list[dict], path: Path) -> None:
     stacks = [stack for stack in STACKS if any(r["stack"] == stack for r in rows)]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4))
     for axis, key, label in ((axes[0], "tokens_per_second", "tokens a second"), (axes[1], "peak_gb", "peak memory, GB")):
-        for i, stack in enumerate(stacks):
-            found = {r["row"]: r.get(key, 0) for r in rows if r["stack"] == stack}
-            places = [j + 0.8 * i / len(stacks) for j in range(len(names))]
-            axis.bar(places, [found.get(name, 0) for name in names], 0.8 / len(stacks), label=stack)
-        axis.set_xticks([j + 0.4 - 0.4 / len(stacks) for j in range(len(names))], names)
-        axis.set_ylabel(label)
-        axis.spines[["top", "right"]].set_visible(False)
+        values = {stack: {r["row"]: r.get(key, 0) for r in rows if r["stack"] == stack} for stack in stacks}
+        grouped_bars(axis, names, values, ylabel=label, xlabel="batch x length")
     axes[0].legend(frameon=False)
     figure.suptitle(f"{head['model']}, QLoRA rank {head['rank']}, {head['gpu']}, torch {head['torch']}, {head['date']}", fontsize=10)
     figure.tight_layout()
