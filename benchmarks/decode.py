@@ -4,10 +4,10 @@
     python benchmarks/decode.py --quick --profile fewer rows; and where a step goes, by kernel
     python benchmarks/decode.py --plot            and a chart; with --read FILE of an earlier run, without a GPU
 
-Random weights of the published shape, random prompts, greedy, no eos. Each stack runs in a process of its own:
+Random weights of the published shape, random prompts, greedy, no eos. Ours, ours16 and hf run in a process each, one after the other:
 
     ours, ours+lora     NF4 with double quantization; without and with an adapter of rank 64 on all linears, attached, not merged
-    ours-serial         ours on one stream: attention's chain after the MLP's instead of beside it
+    ours-serial         ours on one stream: attention's chain before the MLP's instead of beside it
     ours16              the same decoder over bfloat16 weights
     hf, hf+lora         transformers + bitsandbytes (+ peft). transformers 5 leaves Falcon's linears in 16 bits (they are a subclass of
                         nn.Linear), so they are replaced by hand here
@@ -17,8 +17,8 @@ the batch over the time of one more token: from the first in the host's hands to
 p20-p80. The floor of a step is what it has to read, weights and head and the filled part of the cache, over the bandwidth of a copy
 of 1 GiB timed in the same run; `of floor` is floor over time.
 
-`error` is |logits - exact| / |exact| over 32 steps of the shape's first 4 layers, all stacks with the same weights and tokens; exact
-is the dequantized model in float32. `plain` is falcon.py with its cache in bfloat16.
+`error` is |logits - exact| / |exact| over 32 steps of the shape's first 4 layers, ours and hf with the same weights and tokens, ours with
+an adapter too; exact is the dequantized model in float32. `plain` is falcon.py with its cache in bfloat16.
 """
 
 import argparse

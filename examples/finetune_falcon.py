@@ -310,6 +310,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_falcon(directory, args.quantize, double_quant=args.double_quant, device=device, dtype=dtype)
     torch.manual_seed(args.seed)
     adapt(model, args)
+    model.train()                                                          # asked then, it keeps no memory for the next question
     model.checkpointing = args.checkpointing
     describe(model, args, device, dtype)
 

@@ -333,6 +333,8 @@ def fused_block_at_work(config: FalconConfig, flags: Flags, kept: bool) -> tuple
     """
     readers, (hidden, width) = fused_widths(config, flags.rank)
     writer, *weights = (rows * wide * flags.dtype.itemsize for rows, wide in ((hidden, width), *readers))
+    if fused_weights_kept(config, flags) == config.num_hidden_layers * (writer + sum(weights)):
+        writer, weights = 0, [0] * len(weights)                      # all of them stay, and are counted there
     held = weights[0] if len(weights) == 1 else 0
     # One matrix is the gradient of [gelu(up) | mixed values | x A^T] first, and that of [up | query_key_value] then.
     matrix = flags.rows(max(width, sum(rows for rows, _ in readers)))

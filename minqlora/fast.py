@@ -29,7 +29,7 @@ forward is; computing a block again makes three. But a backward wants a linear's
 products down and dense, half of the block, need not be done again: a step costs 2.5 forward passes and not 3. What is small and dear is
 kept beside x: x A^T of all four linears, 4 * rank values a token. Where memory is left over (`keep_bytes`), the last blocks keep their
 products and their attention too, and recompute norm and GELU alone: 2 forward passes. What is then still left over keeps weights
-dequantized, which otherwise takes the time of 2 bytes a weight, there and back, at each step.
+dequantized, which otherwise takes the time of 2 bytes a weight twice a batch, there and back.
 
 The backward works in as few matrices as it can: GELU's overwrites up by g and dg by d up, and d qkv lands beside d up, where the next
 product wants it. What was kept is used up by that; walked back a second time, a block computes everything again.
@@ -403,7 +403,8 @@ def fuse(model: Falcon, keep_bytes: int = 0, tokens: int | None = None) -> list[
     keeps weights as they are multiplied: dequantized once, for as many blocks as fit. Decoding with a cache goes on as before.
     Returns the blocks' fused halves.
 
-    The linears are taken as they stand: whoever replaces one afterwards (merge_lora) undoes it first, by `del block.forward`. ValueError
+    The linears are taken as they stand: whoever replaces one afterwards (merge_lora), or changes the values of a base, undoes it first, by
+    `del block.forward`. ValueError
     for a model that these functions do not cover.
     """
     layers, config = model.transformer.h, model.config
@@ -429,7 +430,11 @@ def fuse(model: Falcon, keep_bytes: int = 0, tokens: int | None = None) -> list[
 
 
 def weights_kept(blocks: list[FusedBlock], keep_bytes: int, tokens: int | None, itemsize: int) -> int:
-    """In how many blocks the weights stay dequantized. The products come first: for a byte they save some five times as much."""
+    """In how many blocks the weights stay dequantized.
+
+    The products come first: for a byte they save some five times as much (Falcon-7B, 16 x 512 on an H100: 68 ms for 17 GB; the weights
+    12 ms for 14).
+    """
     left = 0 if tokens is None else keep_bytes - len(blocks) * tokens * blocks[0].kept_width * itemsize
     return min(len(blocks), max(0, left) // (blocks[0].weight_numel * itemsize))
 

@@ -2,7 +2,8 @@
 
 generate.py is the definition and falcon.py its model; this is their pair for a GPU. A decode step of Falcon-7B reads 3.4 GB of packed
 weights and 0.6 GB of head, 1.3 ms at the 3 TB/s of an H100, and consists of some 400 launches, which take Python far longer. So the
-step, from the ids to the logits, is recorded as a CUDA graph over a cache that stays where it is. What else it takes:
+step, from the ids to the logits, is recorded as a CUDA graph. A replay launches the same kernels on the same addresses, without Python: so
+the cache stays where it is, how full it is stands on the GPU, and what changes between steps is copied into place. What else it takes:
 
 **A step waits for nobody.** The host launches step t + 1 before it looks at token t, so the GPU has work while a token is decoded,
 printed and compared with eos. Ids reach the host by a copy of their own into pinned memory, with an event behind it: who reads
@@ -31,7 +32,7 @@ adapter, B times s = alpha / rank, refreshed at each call.
     attention beside up, both before GELU; down and dense side by side      2.50  (3.4)
     a kernel's weights are on their way before the kernel before has ended  2.46  (3.3)   `after_previous` in kernels/few_rows.py
     x A^T in one launch; cuBLAS splits it and adds in a second                    (3.0)
-    the side stream has the higher priority                                 2.29  (2.89)
+    the side streams have the higher priority                                2.29  (2.89)
     attention and dense are waited for by the next norm, not by GELU        2.37  (2.69)  with sampling, from the benchmark
 
 The last row was measured with dense adding its own LoRA part, on side 0.
@@ -263,7 +264,7 @@ class Decoder:
 
     @contextlib.contextmanager
     def beside(self, number: int) -> Iterator[None]:
-        """What is launched inside runs after all that came before, beside what is launched after it, until `join`."""
+        """What is launched inside runs after all launched so far on this stream, beside what is launched after it, until `join`."""
         if not self.streams:
             yield
         else:
@@ -285,7 +286,8 @@ class Decoder:
 
     def record(self, model: Falcon) -> None:
         with torch.cuda.device(self.ids.device):
-            # Once unrecorded, on a stream of its own, so that what happens once (compilation, workspaces) has happened.
+            # Once unrecorded, on a stream of its own as a recording is, so that what happens once (compilation, workspaces) has happened.
+            # It leaves the cache one token fuller; prefill empties it.
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -319,7 +321,8 @@ class Fetched:
         return self.host
 
 
-# The last decoder of each model. It holds the model's blocks and not the model, and goes when the model goes.
+# The last decoder of each model. It holds the model's blocks and not the model, and goes when the model goes; where merge_lora has replaced
+# them, at the next answer, or by DECODERS.pop(model, None).
 DECODERS: weakref.WeakKeyDictionary[Falcon, Decoder] = weakref.WeakKeyDictionary()
 
 

@@ -59,8 +59,9 @@ def generate_steps(
 ) -> Iterator[Tensor]:
     """The same, as it comes: yields the ids (batch,) of each step, eos included, and ends when every row has said eos.
 
-    While it runs the model is in eval mode; afterwards, or when the iterator is closed, every module is as it was before. From a GPU
-    the ids come in host memory: to read them is to wait for them alone, and not for the step that is on its way by then.
+    While it runs the model is in eval mode; afterwards, or when the iterator is closed, every module is as it was before. (So two answers
+    of a model in training must not overlap.) From a GPU the ids come in host memory: to read them is to wait for them alone, and not
+    for the step that is on its way by then.
     """
     _check(model, input_ids, attention_mask, max_new_tokens, temperature, top_p)
     batch, tokens = input_ids.shape
@@ -68,6 +69,8 @@ def generate_steps(
     stop = torch.tensor(eos, dtype=input_ids.dtype, device=input_ids.device)              # (eos,)
     finished = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)              # (batch,)
     modes = [(module, module.training) for module in model.modules()]
+    # What is made in inference mode cannot be written to outside of it, so it is not kept for the next call either.
+    keep = not model.training and not torch.is_inference_mode_enabled()
     model.eval()
     try:
         if input_ids.is_cuda:
@@ -75,7 +78,7 @@ def generate_steps(
             from minqlora.fast_decode import decode_steps
 
             how = (max_new_tokens, temperature, top_p, eos, generator)
-            yield from decode_steps(model, input_ids, attention_mask, *how, keep=not modes[0][1])
+            yield from decode_steps(model, input_ids, attention_mask, *how, keep=keep)
             return
         # The last token is never sent back, so its keys need no place.
         cache = model.new_cache(batch, tokens + max_new_tokens - 1)

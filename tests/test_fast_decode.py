@@ -314,6 +314,10 @@ def test_generate_on_a_gpu_is_greedy_over_the_whole_text(batch):
     for _ in range(2):    # recorded, then replayed
         assert is_greedy(model, ids, generate(model, ids, max_new_tokens=30)[:, 20:].cpu())
     assert model in DECODERS
+    DECODERS.pop(model)
+    with torch.inference_mode():
+        inferred = generate(model, ids, max_new_tokens=30)
+    assert torch.equal(generate(model, ids, max_new_tokens=30), inferred)
     model.train()
     generate(model, ids, max_new_tokens=3)
     assert model not in DECODERS and all(module.training for module in model.modules())
