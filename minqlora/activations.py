@@ -347,10 +347,13 @@ def fused_block_at_work(config: FalconConfig, flags: Flags, kept: bool) -> tuple
     read = 0 if copied else qkv.out_features + up.out_features * (config.num_ln_in_parallel_attn == 1)
     # A block hands out the gradients of its adapters all at once, at its end; those of down and dense are there before attention's.
     done = own_gradients(replace(flags, accumulate=1), dense, down)
-    both = {"up and query_key_value": products["up and query_key_value"]}
+    # As they are computed again: of two readers, first up alone with its weight.
+    again = [(products["up and query_key_value"], weights[-1])]
+    if len(weights) == 2:
+        again.append((flags.rows(up.out_features), weights[0]))
     moments = [
         (there | (products if kept else {}), writer),
-        (later | ({} if kept else both), held if kept else max(weights)),
+        *((later | {"up and query_key_value": size}, weight) for size, weight in again if not kept),
         (later | products | {"through A, and dropped": 2 * flags.rows(config.ffn_hidden_size) * (flags.dropout > 0)}, held),
         (later | products | {"up and query_key_value": flags.rows(read)} | done | backward_of_attention(config, flags), held),
         (later | done | {"gradient of a norm": flags.rows(readers[0][1])}, weights[0]),
