@@ -37,8 +37,7 @@ torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processo
 torch.cuda.get_device_capability = lambda device=None: divmod(int(sys.argv[2]), 10)
 from minqlora.kernels import (
     copy_columns, cross_entropy, decode, decode_attention, dequantize_4bit, double_quant, dropout, few_rows, few_rows_mma,
-    few_rows_wgmma, gelu,
-    layer_norm, quantize_4bit, rotary,
+    few_rows_wgmma, gelu, layer_norm, quantize_4bit, rotary,
 )
 from minqlora.double_quant import DYNAMIC_MAP
 from minqlora.nf4 import NF4
