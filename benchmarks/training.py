@@ -15,8 +15,7 @@ in a process of its own, one after the other, so that none pays for another's me
     hf16       the same in 16 bits, which is what asking transformers 5 for 4 gives: it passes over Falcon's linears in silence
 
 Tokens/s is the median over the timed steps (p20-p80 beside it), from the end of one on the GPU to the end of the next: nobody waits in
-between, as in training. Peak is the allocator's maximum; "device"
-is what the driver reports in use, context included. The matrix rate of an 8192-cube bf16 product is measured in the same run.
+between, as in training. Peak is the allocator's maximum; "device" is what the driver reports in use, context included. The matrix rate of an 8192-cube bf16 product is measured in the same run.
 """
 
 import argparse
@@ -89,9 +88,8 @@ def our_step(args, row, stack):
     else:
         blocks = fuse(model)
         a_block = batch * length * blocks[0].kept_width * 2
-        loss = GraphedLoss(model, fuse(model, *(
-            (int(args.keep * 2**30), batch * length) if stack == "kept" else (BLOCKS_KEPT.get(row, 1) * a_block,)
-        )))
+        spend = int(args.keep * 2**30) if stack == "kept" else BLOCKS_KEPT.get(row, 1) * a_block
+        loss = GraphedLoss(model, fuse(model, spend, batch * length))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, args.optimizer, lr=2e-4)
     learned = torch.arange(batch * length, device=DEVICE).view(batch, length)[:, 1:].flatten()
