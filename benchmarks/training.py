@@ -15,7 +15,8 @@ in a process of its own, one after the other, so that none pays for another's me
     hf16       the same in 16 bits, which is what asking transformers 5 for 4 gives: it passes over Falcon's linears in silence
 
 Tokens/s is the median over the timed steps (p20-p80 beside it), from the end of one on the GPU to the end of the next: nobody waits in
-between, as in training. Peak is the allocator's maximum; "device" is what the driver reports in use, context included. The matrix rate of an 8192-cube bf16 product is measured in the same run.
+between, as in training. Peak is the allocator's maximum; "device" is what the driver reports in use, context included.
+The matrix rate of an 8192-cube bf16 product is measured in the same run.
 """
 
 import argparse
