@@ -247,16 +247,29 @@ class FalconAttention(nn.Module):
         if context.rotary is not None:
             query_key = rotate(query_key, *context.rotary)
         query, key = query_key.split((self.group, 1), dim=3)
-        query = query.flatten(2, 3).transpose(1, 2)                                      # (batch, heads, tokens, head_dim)
         key, value = key.squeeze(3).transpose(1, 2), value.squeeze(3).transpose(1, 2)    # (batch, kv_heads, tokens, head_dim)
         if context.cache is not None:
             stored = context.cache.append(self.layer, context.slots, key, value)         # (batch, kv_heads, length, head_dim)
             key, value = stored if context.past else (key, value)
-        key, value = self.for_every_head(key), self.for_every_head(value)              # (batch, heads, length, head_dim)
+        if query.shape[1] == 1:
+            return self.mix_one(query.squeeze(1), key, value, context.mask)
+        query = query.flatten(2, 3).transpose(1, 2)                                      # (batch, heads, tokens, head_dim)
+        key, value = self.for_every_head(key), self.for_every_head(value)                # (batch, heads, length, head_dim)
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=context.mask, is_causal=context.mask is None, dropout_p=self.dropout if self.training else 0.0
         )
         return mixed.transpose(1, 2).flatten(2)                                          # (batch, tokens, hidden_size)
+
+    def mix_one(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """The same for one token a row, query (batch, kv_heads, group, head_dim): a group's queries read their key head as tokens would.
+
+        Not only because no key need be repeated: given one token and a view of one key head for all, PyTorch 2.11's kernel for
+        float32 and for masks takes the wrong row's keys in every batch row but the first, from more than 64 heads on.
+        """
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask.view(len(mask), self.kv_heads, self.group, -1)                   # ALiBi's, of every head
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0)
+        return mixed.flatten(1)[:, None]                                                 # (batch, 1, hidden_size)
 
     def for_every_head(self, x: Tensor) -> Tensor:
         # A view for multi-query, no copy. `enable_gqa=True` would say the same, but rules out the fused kernels that take a mask.

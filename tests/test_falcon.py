@@ -1,5 +1,6 @@
 """The decoder by hand and by its properties. That it is transformers' Falcon, test_parity_transformers.py shows."""
 
+import copy
 import dataclasses
 import math
 
@@ -434,3 +435,18 @@ def test_a_decode_step_can_be_captured_as_a_cuda_graph(variant):
             token.copy_(ids[:, i : i + 1])
             graph.replay()
             torch.testing.assert_close(logits[:, 0], expected[:, i], **CLOSE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_many_heads_over_a_cache_on_a_gpu_are_those_of_float64(tokens):
+    """More than 64 heads on one key head: a stretch of 64 queries then reaches into the next row, which one kernel of PyTorch's minds."""
+    torch.manual_seed(0)
+    config = FalconConfig(61, 71 * 8, 2, 71, initializer_range=0.05)
+    model = Falcon(config).eval().cuda()
+    ids, mask = (t.cuda() for t in padded_batch((100, 60, 17)))
+    with torch.no_grad():
+        expected = copy.deepcopy(model).double()(ids, mask)[:, -tokens:]
+        cache = model.new_cache(3, 128)
+        model(ids[:, :-tokens], mask[:, :-tokens], cache)
+        torch.testing.assert_close(model(ids[:, -tokens:], None, cache).double(), expected, **CLOSE)
