@@ -1,4 +1,4 @@
-"""What stands between the products of a decode step: the residual with its norm, GELU with its LoRA part, and x A^T.
+"""What stands between the products of a decode step: the residual with its norm, GELU, and LoRA's two small products.
 
 A decode step has one row a prompt, and its time is that of reading the weights. Everything else has to stay out of the way: each launch
 costs some 2 µs before it does anything, and a block of Falcon-7B written out has a dozen of them beside its products.
@@ -14,8 +14,12 @@ The definition is PyTorch's sum and `F.layer_norm`; here the sum is rounded once
 the LoRA part itself, and then would have to wait for xa, a small product that takes its launch to start and end. Added here, where u is
 read anyway, it is made beside the 4-bit product. A program computes a tile of BLOCK_M x BLOCK_N and reads BLOCK_N rows of B.
 
+**LoRA's outer product**, xa B^T, of two linears whose outputs are added anyway, attention's last and the MLP's: the same kernel without u
+and GELU, and with a second pair. One launch for both; B is on its way before xa is there.
+
 **LoRA's inner product**, x A^T for a few rows of x: one program takes one row of A from end to end, so that one launch does it. cuBLAS
-cuts such a product into pieces and adds them in a second launch.
+cuts such a product into pieces and adds them in a second launch. Two linears that share x share the launch, and each gets its xa
+contiguous.
 """
 
 import torch
@@ -52,8 +56,8 @@ def add_norm_kernel(x, first, second, third, weight, bias, total, out, n, eps, B
     tl.store(out + at, (z * scale + shift).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["m"])
-def inner_kernel(x, A, out, m, k, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):
+@triton.jit(do_not_specialize=["m", "first_rank"])
+def inner_kernel(x, A, out, m, k, first_rank, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):
     rank, ranks = tl.program_id(0), tl.num_programs(0)
     rows = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)                # (BLOCK_M,)
     columns = tl.arange(0, BLOCK_K)                                                         # (BLOCK_K,)
@@ -67,30 +71,41 @@ def inner_kernel(x, A, out, m, k, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, 
         values = tl.load(x + rows[:, None] * k + at[None, :], mask=(rows < m)[:, None] & (at < k)[None, :], other=0)
         acc += values.to(tl.float32) * a[None, :]
         a = tl.load(row + at + BLOCK_K, mask=at + BLOCK_K < k, other=0).to(tl.float32)      # of the next stretch
-    tl.store(out + rows * ranks + rank, tl.sum(acc, axis=1).to(out.dtype.element_ty), mask=rows < m)
+    # The first linear's (m, first_rank), and behind it the second one's (m, ranks - first_rank).
+    second = rank >= first_rank
+    begin, width = tl.where(second, m * first_rank - first_rank, 0), tl.where(second, ranks - first_rank, first_rank)
+    tl.store(out + begin + rows * width + rank, tl.sum(acc, axis=1).to(out.dtype.element_ty), mask=rows < m)
 
 
 @triton.jit
-def gelu_kernel(
-    u, xa, B, out, m, n, xa_stride,
-    RANK: tl.constexpr, RANK_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    OVERLAP: tl.constexpr,
+def outer_kernel(
+    u, xa, B, xa2, B2, out, m, n, xa_stride, xa2_stride,
+    RANK: tl.constexpr, RANK2: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GELU: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)                               # (BLOCK_M,)
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)                            # (BLOCK_N,)
     at = rows.to(tl.int64)[:, None] * n + columns[None, :]
-    inside = (rows < m)[:, None] & (columns < n)[None, :]
-    ranks = tl.arange(0, RANK_PADDED)
-    known = ranks < RANK
+    row_ok, column_ok = (rows < m)[:, None], (columns < n)[None, :]
+    r = tl.arange(0, PADDED)                                                                # (PADDED,)
     if xa is not None:
-        right = tl.load(B + columns[None, :] * RANK + ranks[:, None], mask=(columns < n)[None, :] & known[:, None], other=0)
+        right = tl.load(B + columns[None, :] * RANK + r[:, None], mask=column_ok & (r < RANK)[:, None], other=0)
+    if xa2 is not None:
+        right2 = tl.load(B2 + columns[None, :] * RANK2 + r[:, None], mask=column_ok & (r < RANK2)[:, None], other=0)
     if OVERLAP:
         after_previous()                                                                    # B was there before; u and xa may be new
-    values = tl.load(u + at, mask=inside, other=0).to(tl.float32)                           # (BLOCK_M, BLOCK_N)
+    values = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if u is not None:
+        values = tl.load(u + at, mask=row_ok & column_ok, other=0).to(tl.float32)
     if xa is not None:
-        left = tl.load(xa + rows[:, None] * xa_stride + ranks[None, :], mask=(rows < m)[:, None] & known[None, :], other=0)
-        values += tl.dot(left, right, input_precision="ieee")
-    tl.store(out + at, (values * share_below(values)).to(out.dtype.element_ty), mask=inside)
+        left = tl.load(xa + rows[:, None] * xa_stride + r[None, :], mask=row_ok & (r < RANK)[None, :], other=0)
+        values = tl.dot(left, right, values, input_precision="ieee")
+    if xa2 is not None:
+        left2 = tl.load(xa2 + rows[:, None] * xa2_stride + r[None, :], mask=row_ok & (r < RANK2)[None, :], other=0)
+        values = tl.dot(left2, right2, values, input_precision="ieee")
+    if GELU:
+        values *= share_below(values)
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=row_ok & column_ok)
 
 
 def add_norm(x: Tensor, added: list[Tensor], weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -108,32 +123,44 @@ def add_norm(x: Tensor, added: list[Tensor], weight: Tensor, bias: Tensor, eps: 
     return total, out
 
 
-def inner(x: Tensor, A: Tensor) -> Tensor:
-    """x A^T (M, rank), for x (M, K) and A (rank, K)."""
-    (m, k), ranks = x.shape, len(A)
-    assert x.is_contiguous() and A.is_contiguous() and A.shape[1] == k
-    out = x.new_empty(m, ranks)
+def inner(x: Tensor, A: Tensor, ranks: list[int]) -> list[Tensor]:
+    """x A^T, for x (M, K) and A (sum of ranks, K), in at most two pieces (M, rank); all contiguous."""
+    (m, k), total = x.shape, sum(ranks)
+    assert x.is_contiguous() and A.is_contiguous() and A.shape == (total, k) and 1 <= len(ranks) <= 2
+    out = x.new_empty(m * total)
     overlap, block_m = overlaps(x), min(4, triton.next_power_of_2(m))
     with torch.cuda.device_of(x):
-        inner_kernel[ranks, triton.cdiv(m, block_m)](
-            x, A, out, m, k, BLOCK_M=block_m, BLOCK_K=4096 // block_m, OVERLAP=overlap, num_warps=8, launch_pdl=overlap,
+        inner_kernel[total, triton.cdiv(m, block_m)](
+            x, A, out, m, k, ranks[0], BLOCK_M=block_m, BLOCK_K=4096 // block_m, OVERLAP=overlap, num_warps=8, launch_pdl=overlap,
         )  # fmt: skip
-    return out
+    return [part.view(m, rank) for part, rank in zip(out.split([m * rank for rank in ranks]), ranks, strict=True)]
 
 
 def gelu(u: Tensor, xa: Tensor | None = None, B: Tensor | None = None) -> Tensor:
     """gelu(u + xa B^T), for u (M, N), xa (M, rank) that may be some columns of a wider matrix, B (N, rank)."""
-    m, n = u.shape
-    rank = 0 if xa is None else xa.shape[1]
-    assert u.is_contiguous()
-    assert xa is None or (xa.stride(1) == 1 and B.is_contiguous() and xa.shape == (m, rank) and B.shape == (n, rank))
-    out = torch.empty_like(u)
+    return launch_outer(u, [] if xa is None else [(xa, B)], *u.shape, activate=True)
+
+
+def outer(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum of xa B^T over one or two pairs xa (M, rank), B (N, rank): (M, N)."""
+    xa, B = pairs[0]
+    return launch_outer(None, pairs, len(xa), len(B), activate=False)
+
+
+def launch_outer(u: Tensor | None, pairs: list[tuple[Tensor, Tensor]], m: int, n: int, activate: bool) -> Tensor:
+    assert len(pairs) <= 2 and (u is None or u.is_contiguous())
+    for xa, B in pairs:
+        assert xa.stride(1) == 1 and B.is_contiguous() and len(xa) == m and B.shape == (n, xa.shape[1])
+    (xa, B), (xa2, B2) = [*pairs, (None, None), (None, None)][:2]
+    ranks = [B.shape[1] for _, B in pairs] + [0, 0]
+    like = xa if u is None else u
+    out = like.new_empty(m, n)
     block_m, block_n = 16, 64
-    overlap = overlaps(u)
-    with torch.cuda.device_of(u):
-        gelu_kernel[triton.cdiv(n, block_n), triton.cdiv(m, block_m)](
-            u, xa, B, out, m, n, 0 if xa is None else xa.stride(0),
-            RANK=rank, RANK_PADDED=max(16, triton.next_power_of_2(rank)), BLOCK_M=block_m, BLOCK_N=block_n,
-            OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+    overlap = overlaps(like)
+    with torch.cuda.device_of(like):
+        outer_kernel[triton.cdiv(n, block_n), triton.cdiv(m, block_m)](
+            u, xa, B, xa2, B2, out, m, n, *(0 if x is None else x.stride(0) for x in (xa, xa2)),
+            RANK=ranks[0], RANK2=ranks[1], PADDED=max(16, triton.next_power_of_2(max(ranks))), BLOCK_M=block_m, BLOCK_N=block_n,
+            GELU=activate, OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
         )  # fmt: skip
     return out

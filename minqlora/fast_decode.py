@@ -17,14 +17,14 @@ slots that are filled at that time and no others.
 **Streams.** The parallel block has two chains that do not need each other until the next norm. Product after product leaves the GPU half
 idle at every change, so the two run side by side (h = norm(x), g = gelu(up), a = attention(qkv), A and B the adapters'):
 
-    main     norm -> up -----------------------> + B_up, GELU -> down -------------> sum, in the next norm
-    side 0   -> h A^T -> qkv -> attention -> dense --------------------------------'
-    side 1                              -> a A^T -> B_dense  -> g A^T -> + B_down -'
+    main     norm -> up ---------------------------> + B_up, GELU -> down --------------------> sum, in the next norm
+    side 0            -> qkv -> attention -> dense -------------------------------------------'
+    side 1   -> h A^T '                  '-> a A^T                -> g A^T -> B_dense, B_down -'
 
 **Adapters off the long chain.** At rank 64 they add 6 % to what is read, but eight small products a block, one after the other, would
-cost far more. A of up and qkv stand above each other and are one product. What LoRA adds to up is added on the way into GELU, what it adds
-to down and dense is a third part of the sum; qkv adds its own itself. The products read copies in the model's dtype, 2 bytes a value of the
-adapter, B times s = alpha / rank, refreshed at each call.
+cost far more. A of up and qkv stand above each other and are one product. What LoRA adds to up is added on the way into GELU; what it
+adds to down and dense is one product too, and a third part of the sum; qkv adds its own itself. The products read copies in the model's
+dtype, 2 bytes a value of the adapter, B times s = alpha / rank, refreshed at each call.
 
 **The ladder**, ms a step, Falcon-7B in 4 bits on one H100, one row, recorded and replayed; in brackets with an adapter of rank 64:
 
@@ -33,9 +33,9 @@ adapter, B times s = alpha / rank, refreshed at each call.
     a kernel's weights are on their way before the kernel before has ended  2.46  (3.3)   `after_previous` in kernels/few_rows.py
     x A^T in one launch; cuBLAS splits it and adds in a second                    (3.0)
     the side streams have the higher priority                                2.29  (2.89)
-    attention and dense are waited for by the next norm, not by GELU        2.37  (2.69)  with sampling, from the benchmark
-
-The last row was measured with dense adding its own LoRA part, on side 0.
+    attention and dense are waited for by the next norm, not by GELU        2.34  (2.73)
+    B of dense and down in one launch of ours, behind all else                    (2.49)
+    h A^T on side 1, so that qkv is not behind it in one stream                   (2.38)
 
 **What stays.** A model in eval mode keeps its last decoder: the copies, the cache, the recording; the next call with as many rows and
 no more tokens starts at once. A model in training mode is on its way to be trained, where memory is dear: asked then, it keeps nothing and
@@ -79,13 +79,22 @@ def gelu(u: Tensor, xa: Tensor | None, B: Tensor | None) -> Tensor:
     return F.gelu(u if xa is None else torch.addmm(u, xa, B.T))    # (batch, ffn_hidden_size)
 
 
-def inner(x: Tensor, A: Tensor) -> Tensor:
-    """x A^T: (batch, rank)"""
+def inner(x: Tensor, A: Tensor, ranks: list[int]) -> list[Tensor]:
+    """x A^T in pieces: (batch, rank) each"""
     if x.is_cuda and len(x) <= INNER_ROWS:
         from minqlora.kernels.decode import inner as kernel
 
-        return kernel(x, A)
-    return torch.mm(x, A.T)
+        return kernel(x, A, ranks)
+    return list(torch.mm(x, A.T).split(ranks, dim=1))
+
+
+def outer(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The sum of xa B^T: (batch, out_features)"""
+    if pairs[0][0].is_cuda:
+        from minqlora.kernels.decode import outer as kernel
+
+        return kernel(pairs)
+    return sum(torch.mm(xa, B.T) for xa, B in pairs)
 
 
 def product(base: nn.Module, x: Tensor, xa: Tensor | None = None, B: Tensor | None = None) -> Tensor:
@@ -120,14 +129,8 @@ class Linears:
         """x A^T (batch, rank) for each of the linears; None without an adapter."""
         if not any(self.ranks):
             return [None] * len(self.ranks)
-        return [xa if xa.shape[1] else None for xa in inner(x, self.A).split(self.ranks, dim=1)]
-
-    def correction(self, x: Tensor, onto: Tensor | None = None) -> Tensor | None:
-        """Of a single linear: onto + x A^T B^T (batch, out_features), what LoRA adds to its output."""
-        (xa,), (B,) = self.inner(x), self.Bs
-        if xa is None:
-            return onto
-        return torch.mm(xa, B.T) if onto is None else torch.addmm(onto, xa, B.T)
+        found = iter(inner(x, self.A, [rank for rank in self.ranks if rank]))
+        return [next(found) if rank else None for rank in self.ranks]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Of a single linear: all of its output."""
@@ -161,25 +164,30 @@ class DecodeBlock:
         x, h = add_norm(x, added, self.norms[0])                                      # (batch, hidden_size)
         h_attention = h if len(self.norms) == 1 else add_norm(x, [], self.norms[1])[1]
         # Every tensor stays in a variable until the streams have joined: its memory is used again only by what comes after all readers.
-        with decoder.beside(0):
+        with decoder.beside(1):
             # One group of readers where the norm is shared, and then one input.
             xa_up, xa_qkv = (xa for group, some in zip(self.readers, (h, h_attention), strict=False) for xa in group.inner(some))
             inner_done = decoder.mark()
+        with decoder.beside(0):
+            if xa_qkv is not None:
+                decoder.wait(inner_done)
             mixed = decoder.attend(self.attention, product(qkv, h_attention, xa_qkv, B_qkv))
             mixed_done = decoder.mark()
             attended = self.dense.bases[0](mixed)
         with decoder.beside(1):
             decoder.wait(mixed_done)
-            corrected = self.dense.correction(mixed)
+            (xa_dense,) = self.dense.inner(mixed)
         u = product(up, h)                                                            # (batch, ffn_hidden_size)
         if xa_up is not None:
             decoder.wait(inner_done)
         g = gelu(u, xa_up, B_up)
         with decoder.beside(1):
-            corrected = self.down.correction(g, onto=corrected)
+            (xa_down,) = self.down.inner(g)
+            pairs = [(xa, group.Bs[0]) for xa, group in ((xa_dense, self.dense), (xa_down, self.down)) if xa is not None]
+            corrected = [outer(pairs)] if pairs else []                               # (batch, hidden_size)
         fed = self.down.bases[0](g)
         decoder.join()
-        return x, [attended, fed] if corrected is None else [attended, fed, corrected]
+        return x, [attended, fed, *corrected]
 
     def in_sequence(self, x, added, decoder):
         up, qkv = self.readers

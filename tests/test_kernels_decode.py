@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from minqlora.falcon import Falcon, FalconConfig, alibi_bias, rotary_angles
 
 # The interpreter has to be on before these are imported: conftest.py sees to it.
-from minqlora.kernels.decode import add_norm, gelu, inner  # isort: skip
+from minqlora.kernels.decode import add_norm, gelu, inner, outer  # isort: skip
 from minqlora.kernels.decode_attention import decode_attention, stretch  # isort: skip
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,14 +54,27 @@ def test_gelu_adds_the_lora_part_from_columns_of_a_wider_matrix(dtype, rank, m):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ranks", [(5,), (64,), (5, 64), (24, 3)])
+@pytest.mark.parametrize("m", [1, 18])
+def test_the_outer_products_of_two_adapters_are_summed_and_rounded_once(dtype, ranks, m):
+    torch.manual_seed(0)
+    pairs = [(random(m, rank + 7, dtype=dtype)[:, 4 : 4 + rank], random(130, rank, dtype=dtype)) for rank in ranks]
+    assert close(outer(pairs), sum(xa.double() @ B.double().T for xa, B in pairs), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ranks", [[5], [3, 2]])
 @pytest.mark.parametrize("m", [1, 3, 6])
 @pytest.mark.parametrize("k", [200, 9000])
-def test_the_inner_product_of_an_adapter(dtype, m, k):
+def test_the_inner_product_of_an_adapter(dtype, ranks, m, k):
     torch.manual_seed(0)
     x, A = random(m, k, dtype=dtype), random(5, k, dtype=dtype)
+    pieces = inner(x, A, ranks)
+    assert [piece.shape for piece in pieces] == [(m, rank) for rank in ranks] and all(piece.is_contiguous() for piece in pieces)
     exact, sizes = x.double() @ A.double().T, x.double().abs() @ A.double().abs().T
     # Rounded to dtype once; in float32 each product goes through at most 9000 / 1024 sums of its lane and the 10 of a tree.
-    assert ((inner(x, A).double() - exact).abs() <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 20 * 2**-24 * sizes).all()
+    bound = 0.51 * torch.finfo(dtype).eps * exact.abs() + 20 * 2**-24 * sizes
+    assert ((torch.cat(pieces, dim=1).double() - exact).abs() <= bound).all()
 
 
 VARIANTS = {
