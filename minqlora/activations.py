@@ -329,12 +329,15 @@ def fused_block_at_work(config: FalconConfig, flags: Flags, kept: bool) -> tuple
     """A fused block's backward at its fullest, and the weight that it then works with.
 
     The writer's weight comes first, and is gone when norms and products are there. A single reader's, wanted for the products and again for
-    their gradient, stays in between; two readers' take turns.
+    their gradient, stays in between; two readers' take turns, and so do then the writer's two.
     """
     readers, (hidden, width) = fused_widths(config, flags.rank)
+    qkv, dense, up, down = block_linears(config)
     writer, *weights = (rows * wide * flags.dtype.itemsize for rows, wide in ((hidden, width), *readers))
     if fused_weights_kept(config, flags) == config.num_hidden_layers * (writer + sum(weights)):
         writer, weights = 0, [0] * len(weights)                      # all of them stay, and are counted there
+    elif len(readers) == 2:
+        writer = max(down.numel, dense.numel) * flags.dtype.itemsize
     held = weights[0] if len(weights) == 1 else 0
     # One matrix is the gradient of [gelu(up) | mixed values | x A^T] first, and that of [up | query_key_value] then.
     matrix = flags.rows(max(width, sum(rows for rows, _ in readers)))
@@ -342,7 +345,6 @@ def fused_block_at_work(config: FalconConfig, flags: Flags, kept: bool) -> tuple
     later = there | {"norms and x A^T": sum(flags.rows(wide) for _, wide in readers)}
     products = fused_products(config, flags)
     # When attention's backward comes, `up` is let go; but where it shares a matrix with what attention read, that is held.
-    qkv, dense, up, down = block_linears(config)
     copied = flags.device != "cpu" and 1 < config.num_kv_heads < config.num_attention_heads
     read = 0 if copied else qkv.out_features + up.out_features * (config.num_ln_in_parallel_attn == 1)
     # A block hands out the gradients of its adapters all at once, at its end; those of down and dense are there before attention's.

@@ -175,10 +175,13 @@ def drops(linear: LoRALinear) -> bool:
 
 
 class Product:
-    """Some LoRA linears as one matrix product: they share an input and stand above each other, or they add into one output."""
+    """Some LoRA linears as one matrix product: they share an input and stand above each other, or they add into one output.
 
-    def __init__(self, linears: list[LoRALinear], share_input: bool):
-        self.linears, self.share_input = linears, share_input
+    apart, of those that add: one after the other instead, so that the weight of one alone is dequantized at a time.
+    """
+
+    def __init__(self, linears: list[LoRALinear], share_input: bool, apart: bool = False):
+        self.linears, self.share_input, self.apart = linears, share_input, apart
         ins, outs = [linear.in_features for linear in linears], [linear.out_features for linear in linears]
         self.width = ins[0] if share_input else sum(ins)             # of the input, before the spare columns
         self.rows = sum(outs) if share_input else outs[0]            # of the weight: features of the output
@@ -216,6 +219,30 @@ class Product:
             for j, spare in enumerate(self.spare):
                 if i != j and self.share_input:
                     weight[places, spare] = 0                        # one linear's LoRA adds nothing to the other's output
+        return weight
+
+    def onto(self, x: Tensor, wide: Tensor) -> Tensor:
+        """x + wide [W | scale B]^T, for linears that add: (M, rows)."""
+        if self.kept_weight is not None or not self.apart:
+            return torch.addmm(x, wide, self.weight(x).T)
+        for linear, columns, spare in zip(self.linears, self.columns, self.spare, strict=True):
+            x = torch.addmm(x, wide[:, columns], self.alone(linear, x).T)
+            x = torch.addmm(x, wide[:, spare], (linear.lora_B * linear.scale).to(x.dtype).T)
+        return x
+
+    def back_into(self, grad: Tensor, wide: Tensor) -> None:
+        """wide = grad [W | scale B], for linears that add: (M, full_width)."""
+        if self.kept_weight is not None or not self.apart:
+            torch.mm(grad, self.weight(grad), out=wide)
+            return
+        for linear, columns, spare in zip(self.linears, self.columns, self.spare, strict=True):
+            torch.mm(grad, self.alone(linear, grad), out=wide[:, columns])
+            torch.mm(grad, (linear.lora_B * linear.scale).to(grad.dtype), out=wide[:, spare])
+
+    def alone(self, linear: LoRALinear, like: Tensor) -> Tensor:
+        """W of one linear: (out_features, in_features), a workspace that the caller drops."""
+        weight = like.new_empty(linear.out_features, linear.in_features)
+        dequantize_into(linear.base, weight)
         return weight
 
     def inner(self, wide: Tensor, i: int) -> Tensor:
@@ -284,7 +311,8 @@ class FusedBlock:
             self.norms, self.readers = [block.ln_mlp, block.ln_attn], [Product([up], True), Product([qkv], True)]
         else:
             self.norms, self.readers = [block.input_layernorm], [Product([up, qkv], True)]
-        self.writer = Product([down, dense], False)
+        # Where there are two norms, weights are the largest tensors there are (40b, 180B): no two of them at a time.
+        self.writer = Product([down, dense], False, apart=len(self.norms) == 2)
         self.seeds = [slice(0, 2)] if len(self.readers) == 1 else [slice(0, 1), slice(1, 2)]    # the readers' among the four
         self.adapters = [matrix for linear in (up, qkv, down, dense) for matrix in (linear.lora_A, linear.lora_B)]
         # What a kept block holds a token: up and qkv, the mixed values, and the turned queries, keys and values that attention's own
@@ -331,7 +359,7 @@ class FusedForward(torch.autograd.Function):
         gelu_into(up, g[:, writer.columns[0]])
         copy_into(attended.output, g[:, writer.columns[1]])
         writer.add_lora_columns(g, seeds[2:])
-        out = torch.addmm(x, g, writer.weight(x).T)
+        out = writer.onto(x, g)
 
         ctx.block, ctx.context, ctx.shape, ctx.dropped = block, context, shape, block.drops()
         ctx.kept = (up, attended) if keep else None
@@ -352,7 +380,7 @@ class FusedForward(torch.autograd.Function):
         up_rows, rows = readers[0].places[0].stop, sum(product.rows for product in readers)
         matrix = x.new_empty(len(x), max(writer.full_width, rows))
         wide = matrix[:, : writer.full_width]
-        torch.mm(grad, writer.weight(x), out=wide)                   # before the readers' weights are there: one workspace at a time
+        writer.back_into(grad, wide)                                 # before the readers' weights are there: one workspace at a time
 
         inputs = block.normed(x)
         for h, xa, product in zip(inputs, readers_xa, readers, strict=True):
