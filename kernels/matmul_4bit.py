@@ -32,6 +32,19 @@ quantized; bold is what `fused_kernel` chooses):
 Beyond 128 rows a second tile of x would decode W again and take another 0.089, where the workspace takes 0.14 to begin with.
 The gradient of few rows is few_rows.py's, up / qkv: 0.088 / 0.028 at one row, 0.090 / 0.028 at 16. A workspace was 0.14 / 0.034.
 
+**Between the crossing and a thousand rows** the workspace is the price: at 512 rows of up dequantization takes 0.078 ms, the product 0.116,
+and one after the other 0.192, on an H100. To hide one behind the other was tried; us a call for 512 rows, one H200 (bf16: up 116, qkv 37):
+
+                                                     up     down   qkv    dense
+    dequantize, then multiply: this file             171    171    48.7   45.9
+    in two halves of W, to find it in the cache      169    189    55.1   53.3
+    and the second half dequantized on a stream      168    186    53.9   52.3     of higher priority, behind the first
+    in four quarters, on two streams                 178    202    68.6   67.7
+
+Nothing is hidden: cuBLAS's product takes all registers of a multiprocessor, so what runs beside it waits for it; and products of half
+the size fill the GPU worse. (2048 rows: 533, 541, 524 for up in one, two, four pieces.) A product that decodes, at 128 rows a tile, takes
+the 0.089 above four times.
+
 **Why the operators are registered.** `torch.compile` cannot look into a Triton launch and does not have to: each operator below
 comes with a fake implementation that says only what shape and type come out. One graph, no break.
 
