@@ -37,6 +37,9 @@ dtype, 2 bytes a value of the adapter, B times s = alpha / rank, refreshed at ea
     B of dense and down in one launch of ours, behind all else                    (2.49)
     h A^T on side 1, so that qkv is not behind it in one stream                   (2.38)
 
+**The prompt** goes through the same blocks, all its tokens as rows, with falcon.py's attention and on one stream, unrecorded: prompts come
+in every length. A short one is bound by what Python can launch, and the blocks here launch less than the written-out ones.
+
 **What stays.** A model in eval mode keeps its last decoder: the copies, the cache, the recording; the next call with as many rows and
 no more tokens starts at once. A model in training mode is on its way to be trained, where memory is dear: asked then, it keeps nothing and
 forgets what it kept.
@@ -139,7 +142,7 @@ class Linears:
 
 
 class DecodeBlock:
-    """A FalconBlock for one token a row. What it adds to the residual is handed on, for the next norm to add."""
+    """A FalconBlock over rows, each a token. What it adds to the residual is handed on, for the next norm to add."""
 
     def __init__(self, block: FalconBlock, dtype: torch.dtype):
         self.parallel, self.attention = block.config.parallel_attn, block.self_attention
@@ -238,37 +241,50 @@ class Decoder:
         if input_ids.is_cuda and self.graph is None:
             self.record(model)
         self.cache.clear()
-        hidden = model.hidden_states(input_ids, attention_mask, self.cache)
+        tokens = input_ids.shape[1]
+        self.context = model._context(tokens, attention_mask, self.cache, model.transformer.word_embeddings.weight)
+        # One stream: products of so many rows fill the GPU one by one.
+        streams, self.streams = self.streams, []
+        try:
+            x, added = self.through_blocks(model, input_ids.flatten())                # (batch * tokens, hidden_size) each
+        finally:
+            self.streams, self.context = streams, None
         if input_ids.is_cuda:
             present = self.cache.present
             self.positions.copy_(torch.where(present, present.cumsum(dim=1) - 1, -1))
             self.next.copy_(present.sum(dim=1))
-        return model.lm_head(hidden[:, -1])
+        x, *added = (part[tokens - 1 :: tokens].contiguous() for part in (x, *added))   # of each row's last token: (batch, hidden_size)
+        return model.lm_head(add_norm(x, added, model.transformer.ln_f)[1])
 
     def forward(self, model: Falcon) -> Tensor:
         """self.ids (batch,), one token a row -> logits (batch, vocab_size). On a GPU nothing here waits, and every shape is fixed."""
-        cache, transformer = self.cache, model.transformer
-        x, added = F.embedding(self.ids, transformer.word_embeddings.weight), []      # (batch, hidden_size)
-        if x.is_cuda:
+        cache = self.cache
+        if self.ids.is_cuda:
             self.positions.index_copy_(1, cache.filled[None], self.next[:, None])
         else:
-            self.context = model._context(1, None, cache, x[:, None])
-        for block in self.blocks:
-            x, added = block(x, added, self)
-        _, h = add_norm(x, added, transformer.ln_f)
-        if x.is_cuda:
+            self.context = model._context(1, None, cache, model.transformer.word_embeddings.weight)
+        x, added = self.through_blocks(model, self.ids)                               # (batch, hidden_size) each
+        _, h = add_norm(x, added, model.transformer.ln_f)
+        if self.ids.is_cuda:
             self.next += 1
             cache.filled += 1
         return model.lm_head(h)
 
+    def through_blocks(self, model: Falcon, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """ids (rows,) -> the residual before the last block's sum, and what that sum adds: (rows, hidden_size) each."""
+        x, added = F.embedding(ids, model.transformer.word_embeddings.weight), []
+        for block in self.blocks:
+            x, added = block(x, added, self)
+        return x, added
+
     def attend(self, attention: nn.Module, qkv: Tensor) -> Tensor:
-        """The new tokens' keys and values into the cache, and each row's weighted mean: (batch, hidden_size)."""
-        if qkv.is_cuda:
+        """The new tokens' keys and values into the cache, and each token's weighted mean: (rows, hidden_size)."""
+        if self.context is None:
             from minqlora.kernels.decode_attention import decode_attention
 
             keys, values = self.cache.keys[attention.layer], self.cache.values[attention.layer]
             return decode_attention(qkv, keys, values, self.positions, self.cache.filled, self.rotary, self.bias)
-        return attention.mix(qkv[:, None], self.context)[:, 0]
+        return attention.mix(qkv.unflatten(0, (self.batch, -1)), self.context).flatten(0, 1)
 
     @contextlib.contextmanager
     def beside(self, number: int) -> Iterator[None]:
