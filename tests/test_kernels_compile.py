@@ -91,12 +91,14 @@ def test_what_stands_between_the_products_of_a_decode_step():
 x, weight, positions = some(2, 4544), some(4544), torch.zeros(2, 512, dtype=torch.int32)
 decode.add_norm(x, [x, x, x], weight, weight, 1e-5)
 decode.gelu(some(2, 18176), some(2, 64), some(18176, 64))
-decode.inner(some(2, 4544), some(128, 4544))
-decode.inner(some(1, 18176), some(64, 18176))
+decode.gelu(some(200, 18176))
+decode.outer([(some(2, 64), some(4544, 64)), (some(2, 16), some(4544, 16))])
+decode.inner(some(2, 4544), some(128, 4544), [64, 64])
+decode.inner(some(1, 18176), some(64, 18176), [64])
 cache, filled = some(2, 1, 512, 64), torch.zeros((), dtype=torch.int64)
 decode_attention.decode_attention(some(2, 73 * 64), cache, cache, positions, filled, [some(512, 32), some(512, 32)], None)
 ''')
-    assert set(names) >= {"stretch_kernel", "combine_kernel", "add_norm_kernel", "gelu_kernel"}
+    assert set(names) >= {"stretch_kernel", "combine_kernel", "add_norm_kernel", "outer_kernel", "inner_kernel"}
 
 
 # A weight of 4 bits as the kernels get it, with double quantization or without.
