@@ -1,4 +1,4 @@
-"""15. Decoding on a GPU: one step, recorded once, replayed for each token.
+"""16. Decoding on a GPU: one step, recorded once, replayed for each token.
 
 generate.py is the definition and falcon.py its model; this is their pair for a GPU. A decode step of Falcon-7B reads 3.4 GB of packed
 weights and 0.6 GB of head, 1.3 ms at the 3 TB/s of an H100, and consists of some 400 launches, which take Python far longer. So the

@@ -1,4 +1,4 @@
-"""14. The loss for training on a GPU: without all the logits, and without waiting for the host.
+"""15. The loss for training on a GPU: without all the logits, and without waiting for the host.
 
 The pair of train.py's `answer_loss`, twice.
 

@@ -24,7 +24,8 @@ ARROWS = {
     "generate": {"fast_decode"},    # on its `is_cuda` line alone, as nf4 takes its kernel; a test below keeps it off the top
     "plan": {"falcon", "activations"},
     "activations": {"falcon"},
-    "fast": {"falcon", "lora", "kernels"},
+    "fast_product": {"lora", "kernels"},
+    "fast": {"falcon", "lora", "fast_product", "kernels"},
     "fast_loss": {"falcon", "fast", "kernels"},
     "fast_decode": {"falcon", "generate", "lora", "kernels"},
     "parallel": {"qlora", "train"},

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minqlora import fast, fast_loss
+from minqlora import fast, fast_loss, fast_product
 from minqlora.data import Batch
 from minqlora.falcon import Falcon, FalconConfig
-from minqlora.fast import drop, fuse
+from minqlora.fast import fuse
 from minqlora.fast_loss import GraphedLoss, fused_loss
+from minqlora.fast_product import drop
 from minqlora.lora import adapters
 from minqlora.qlora import add_lora, quantize_linears
 from minqlora.train import answer_loss
@@ -84,8 +85,8 @@ def test_what_is_left_over_keeps_weights_dequantized(variant, monkeypatch):
     probe = fuse(copy.deepcopy(model))
     blocks = fuse(fused, 3 * 80 * 4 * probe[0].kept_width + 4 * probe[0].weight_numel, tokens=80)
     assert [block.writer.kept_weight is not None for block in blocks] == [True, False, False]
-    asked, into = [], fast.dequantize_into
-    monkeypatch.setattr(fast, "dequantize_into", lambda base, out: (asked.append(base), into(base, out)))
+    asked, into = [], fast_product.dequantize_into
+    monkeypatch.setattr(fast_product, "dequantize_into", lambda base, out: (asked.append(base), into(base, out)))
     for _ in range(2):
         model.zero_grad()
         fused.zero_grad()
@@ -110,6 +111,8 @@ def with_kernels(module):
     source = Path(module.__file__).read_text(encoding="utf-8")
     assert "if x.is_cuda" in source or "if logits.is_cuda" in source
     exec(compile(re.sub(r"\w+\.is_cuda", "True", source), module.__file__, "exec"), changed.__dict__)
+    if module is fast:
+        changed.Product = with_kernels(fast_product).Product
     return changed
 
 
