@@ -4,12 +4,15 @@ import collections
 import copy
 import gc
 import json
+import re
+import types
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
+from minqlora import fast_decode
 from minqlora.falcon import Falcon, FalconConfig
 from minqlora.fast_decode import DECODERS, Decoder, decode_steps
 from minqlora.generate import generate, generate_steps
@@ -80,9 +83,9 @@ def is_greedy(model, ids, answer):
     return bool((logits.amax(-1) - chosen <= 4 * TOLERANCE * logits.abs().max()).all())
 
 
-def logits_of_steps(model, ids, mask, following):
+def logits_of_steps(model, ids, mask, following, kind=Decoder):
     """What the decoder says behind the prompts and behind each column of `following`: (batch, 1 + columns, vocab_size)."""
-    decoder = Decoder(model, len(ids), ids.shape[1] + following.shape[1])
+    decoder = kind(model, len(ids), ids.shape[1] + following.shape[1])
     decoder.refresh()
     logits = [decoder.prefill(model, ids, mask).clone()]
     for column in following.unbind(1):
@@ -108,6 +111,28 @@ def test_each_step_gives_the_logits_of_the_whole_text(variant, targets):
     following = torch.randint(61, (3, 4))
     expected = logits_of_whole(model, ids, mask, following)
     actual = logits_of_steps(model, ids, mask, following)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE * expected.abs().max().item())
+
+
+def with_kernels():
+    """fast_decode.py with the kernels that stand between its products, in Triton's interpreter; products and attention are PyTorch's."""
+    changed = types.ModuleType("fast_decode_with_kernels")
+    source, places = re.subn(r"\b(x|u|pairs\[0\]\[0\])\.is_cuda", "True", Path(fast_decode.__file__).read_text(encoding="utf-8"))
+    assert places == 4
+    exec(compile(source, fast_decode.__file__, "exec"), changed.__dict__)
+    return changed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where there is a GPU, which takes this half anyway")
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+@pytest.mark.parametrize("variant", ["7b", "40b", "rw-1b"])
+def test_what_a_gpu_computes_between_the_products_gives_the_logits_too(variant, targets):
+    """A prompt has more rows than INNER_ROWS, a step of two prompts has fewer."""
+    model = small(variant, targets)
+    _, ids, mask = prompts([9, 3])
+    following = torch.randint(61, (2, 2))
+    expected = logits_of_whole(model, ids, mask, following)
+    actual = logits_of_steps(model, ids, mask, following, with_kernels().Decoder)
     torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE * expected.abs().max().item())
 
 
