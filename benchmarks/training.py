@@ -126,8 +126,10 @@ def hf_step(args, row, stack):
 def measure(args, row: str, stack: str) -> dict:
     """Warm up, then time single steps."""
     batch, length = tokens_of(row)
+    began = time.perf_counter()
     step = (hf_step if stack.startswith("hf") else our_step)(args, row, stack)
     torch.cuda.synchronize()
+    build = time.perf_counter() - began
     torch.cuda.empty_cache()                                         # what building the model left
     base = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -151,7 +153,7 @@ def measure(args, row: str, stack: str) -> dict:
         "row": row, "stack": stack, "tokens_per_second": batch * length / median,
         "p20": batch * length / quantiles[7], "p80": batch * length / quantiles[1], "ms": median * 1e3,
         "model_gb": base / 1e9, "peak_gb": torch.cuda.max_memory_allocated() / 1e9, "device_gb": (total - free) / 1e9,
-        "first_loss": losses[0].item(), "last_loss": losses[-1].item(), "warmup_s": warm,
+        "first_loss": losses[0].item(), "last_loss": losses[-1].item(), "build_s": build, "warmup_s": warm,
     }  # fmt: skip
 
 
