@@ -39,7 +39,7 @@ none is in the cache already.
     pair_table.py           a byte to two weights by one read
     few_rows_mma.py         the product for 1 to 8 rows, lane by lane, in Gluon: Triton where one says which lane holds what
     few_rows_wgmma.py       for 9 to 128 rows
-    layer_norm.py, gelu.py, rotary.py, dropout.py       between the products of a training step; dropout.py is the shortest
+    layer_norm.py, gelu.py, rotary.py, dropout.py, copy_columns.py      between the products of a training step, the shortest last
     cross_entropy.py        the loss after them
     decode.py, decode_attention.py      between the products of a decode step
 """

@@ -12,7 +12,7 @@ The definition is PyTorch's sum and `F.layer_norm`; here the sum is rounded once
 
 **GELU and LoRA.** out = gelu(u + xa B^T), with u = h W_up^T from the 4-bit product and xa = h A^T (M, rank). The 4-bit product could add
 the LoRA part itself, and then would have to wait for xa, a small product that takes its launch to start and end. Added here, where u is
-read anyway, it is made beside the 4-bit product. A program computes a tile of BLOCK_M x BLOCK_N and reads BLOCK_N rows of B.
+read anyway, xa is made beside the 4-bit product. A program computes a tile of BLOCK_M x BLOCK_N and reads BLOCK_N rows of B.
 
 **LoRA's outer product**, xa B^T, of two linears whose outputs are added anyway, attention's last and the MLP's: the same kernel without u
 and GELU, and with a second pair. One launch for both; B is on its way before xa is there.
@@ -20,6 +20,10 @@ and GELU, and with a second pair. One launch for both; B is on its way before xa
 **LoRA's inner product**, x A^T for a few rows of x: one program takes one row of A from end to end, so that one launch does it. cuBLAS
 cuts such a product into pieces and adds them in a second launch. Two linears that share x share the launch, and each gets its xa
 contiguous.
+
+B is scale * lora_B throughout. With OVERLAP a kernel starts before the one before it has ended, loads its weights and then waits
+(`after_previous` in few_rows.py); `launch_pdl` asks for that. `tl.dot` wants sides of at least 16, hence BLOCK_M and PADDED even for one
+row, and "ieee", or it would round float32 to TF32.
 """
 
 import torch
@@ -58,11 +62,12 @@ def add_norm_kernel(x, first, second, third, weight, bias, total, out, n, eps, B
 
 @triton.jit(do_not_specialize=["m", "first_rank"])
 def inner_kernel(x, A, out, m, k, first_rank, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr):
-    rank, ranks = tl.program_id(0), tl.num_programs(0)
+    """x (m, k), A (total, k), out flat: x A[:first_rank]^T (m, first_rank), behind it x A[first_rank:]^T."""
+    r, total = tl.program_id(0), tl.num_programs(0)                                         # which row of A, of how many
     rows = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)                # (BLOCK_M,)
     columns = tl.arange(0, BLOCK_K)                                                         # (BLOCK_K,)
-    row = A + rank.to(tl.int64) * k
-    a = tl.load(row + columns, mask=columns < k, other=0).to(tl.float32)                    # (BLOCK_K,)
+    row_of_A = A + r.to(tl.int64) * k
+    a = tl.load(row_of_A + columns, mask=columns < k, other=0).to(tl.float32)                    # (BLOCK_K,)
     if OVERLAP:
         after_previous()                                                                    # A was there before; x may be new
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -70,11 +75,11 @@ def inner_kernel(x, A, out, m, k, first_rank, BLOCK_M: tl.constexpr, BLOCK_K: tl
         at = start + columns
         values = tl.load(x + rows[:, None] * k + at[None, :], mask=(rows < m)[:, None] & (at < k)[None, :], other=0)
         acc += values.to(tl.float32) * a[None, :]
-        a = tl.load(row + at + BLOCK_K, mask=at + BLOCK_K < k, other=0).to(tl.float32)      # of the next stretch
-    # The first linear's (m, first_rank), and behind it the second one's (m, ranks - first_rank).
-    second = rank >= first_rank
-    begin, width = tl.where(second, m * first_rank - first_rank, 0), tl.where(second, ranks - first_rank, first_rank)
-    tl.store(out + begin + rows * width + rank, tl.sum(acc, axis=1).to(out.dtype.element_ty), mask=rows < m)
+        a = tl.load(row_of_A + at + BLOCK_K, mask=at + BLOCK_K < k, other=0).to(tl.float32)      # of the next stretch
+    second = r >= first_rank
+    begin, column = tl.where(second, m * first_rank, 0), tl.where(second, r - first_rank, r)
+    width = tl.where(second, total - first_rank, first_rank)
+    tl.store(out + begin + rows * width + column, tl.sum(acc, axis=1).to(out.dtype.element_ty), mask=rows < m)
 
 
 @triton.jit

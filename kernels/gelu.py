@@ -11,13 +11,13 @@ takes a piece of one row: one division finds the row for all its values, and eac
 
 **Backward.** Three things want to be done to the same values, and one pass does them all:
 
-    dg = dg_W + inner A          dg_W came through the frozen weight, the rest through LoRA: (M, rank) times (rank, N)
+    dg = dg_W + dxa A          dg_W came through the frozen weight, the rest through LoRA: (M, rank) times (rank, N)
     g  = u Phi(u)                again, for the gradient of A; it overwrites u, which nobody needs afterwards
     du = dg (Phi(u) + u phi(u))  overwrites dg_W
 
 Done by themselves they read or write a matrix of that size seven times (dg_W, dg; u, g; dg, u, du); together two are read and two
 written. A program computes TILES tiles of BLOCK_M x BLOCK_N below each other, so that it reads its columns of A once. A tile's share of
-inner A is one product of the matrix unit.
+dxa A is one product of the matrix unit.
 
 **The ladder** of the backward, ms for 8192 x 18176 in bfloat16 and rank 64 on one H100; its bytes alone take 0.41:
 
@@ -26,7 +26,7 @@ inner A is one product of the matrix unit.
     the same, neighbours below each other            0.77      lost: neighbours beside each other read memory in order
     8 tiles of 32 x 64 in a loop, 3 on their way     0.58
     Phi and phi from one exponential                 0.51      not in float32, where 1e-7 would show
-    16 tiles of 16 x 128                             0.50      without inner A 0.47
+    16 tiles of 16 x 128                             0.50      without dxa A 0.47
     32 x 128, 64 x 64, 64 x 128; 2 or 4 on their way 0.54 to 0.88
 """
 
@@ -67,14 +67,14 @@ def forward_kernel(u, out, n, u_stride, out_stride, BLOCK: tl.constexpr):
 
 @triton.jit
 def backward_kernel(
-    u, grad, inner, A, m, n, u_stride, grad_stride, inner_stride, A_stride,
+    u, grad, dxa, A, m, n, u_stride, grad_stride, dxa_stride, A_stride,
     RANK: tl.constexpr, RANK_PADDED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TILES: tl.constexpr,
     SHORT: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)                            # (BLOCK_N,)
     c_ok = columns < n
     ranks = tl.arange(0, RANK_PADDED)
-    if inner is not None:
+    if dxa is not None:
         right = tl.load(A + ranks[:, None] * A_stride + columns[None, :], mask=(ranks < RANK)[:, None] & c_ok[None, :], other=0)
     # While one tile is computed, the next are on their way.
     for i in tl.range(0, TILES, num_stages=3):
@@ -84,9 +84,9 @@ def backward_kernel(
         grad_at = grad + rows[:, None] * grad_stride + columns[None, :]
         values = tl.load(u_at, mask=inside, other=0).to(tl.float32)                         # (BLOCK_M, BLOCK_N)
         change = tl.load(grad_at, mask=inside, other=0).to(tl.float32)
-        if inner is not None:
+        if dxa is not None:
             left_ok = (rows < m)[:, None] & (ranks < RANK)[None, :]
-            left = tl.load(inner + rows[:, None] * inner_stride + ranks[None, :], mask=left_ok, other=0)
+            left = tl.load(dxa + rows[:, None] * dxa_stride + ranks[None, :], mask=left_ok, other=0)
             change = tl.dot(left, right, change, input_precision="ieee")
         below, density = below_and_density(values, SHORT)
         slope = below + values * density
@@ -104,21 +104,21 @@ def gelu_into(u: Tensor, out: Tensor) -> None:
             forward_kernel[m * triton.cdiv(n, block),](u, out, n, u.stride(0), out.stride(0), BLOCK=block, num_warps=4)
 
 
-def gelu_backward_(u: Tensor, grad: Tensor, inner: Tensor | None = None, A: Tensor | None = None) -> None:
-    """grad (M, N), of g = gelu(u), becomes that of u, once inner (M, rank) times A (rank, N) is added to it; u becomes g."""
+def gelu_backward_(u: Tensor, grad: Tensor, dxa: Tensor | None = None, A: Tensor | None = None) -> None:
+    """grad (M, N), of g = gelu(u), becomes that of u, once dxa (M, rank) times A (rank, N) is added to it; u becomes g."""
     m, n = u.shape
     assert grad.shape == u.shape and u.stride(1) == grad.stride(1) == 1
     rank = 0 if A is None else A.shape[0]
-    assert A is None or (A.stride(1) == inner.stride(1) == 1 and inner.shape == (m, rank) and A.shape == (rank, n))
+    assert A is None or (A.stride(1) == dxa.stride(1) == 1 and dxa.shape == (m, rank) and A.shape == (rank, n))
     block_m, block_n, tiles = 16, 128, 16
     if rank > 128:
-        # What is loaded ahead of inner grows with the rank, and would not fit into every GPU's shared memory.
-        grad.addmm_(inner, A)
-        rank, inner, A = 0, None, None
+        # What is loaded ahead of dxa grows with the rank, and would not fit into every GPU's shared memory.
+        grad.addmm_(dxa, A)
+        rank, dxa, A = 0, None, None
     if m:
         with torch.cuda.device_of(u):
             backward_kernel[triton.cdiv(n, block_n), triton.cdiv(m, block_m * tiles)](
-                u, grad, inner, A, m, n, u.stride(0), grad.stride(0), 0 if A is None else inner.stride(0), 0 if A is None else A.stride(0),
+                u, grad, dxa, A, m, n, u.stride(0), grad.stride(0), 0 if A is None else dxa.stride(0), 0 if A is None else A.stride(0),
                 RANK=rank, RANK_PADDED=max(16, triton.next_power_of_2(rank)), BLOCK_M=block_m, BLOCK_N=block_n, TILES=tiles,
                 SHORT=u.dtype != torch.float32, num_warps=4,
             )  # fmt: skip

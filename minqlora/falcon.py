@@ -241,7 +241,7 @@ class FalconAttention(nn.Module):
         return self.dense(self.mix(self.query_key_value(x), context))
 
     def mix(self, qkv: Tensor, context: Context) -> Tensor:
-        """What stands between the two linears: each token's weighted mean of the values it may see."""
+        """Between the two linears, (batch, tokens, rows) -> (batch, tokens, hidden_size): each token's weighted mean of what it may see."""
         qkv = qkv.unflatten(-1, (self.kv_heads, self.group + 2, self.head_dim))          # (batch, tokens, kv_heads, group + 2, head_dim)
         query_key, value = qkv.split((self.group + 1, 1), dim=3)
         if context.rotary is not None:

@@ -11,10 +11,10 @@ forward is; computing a block again makes three. But a backward wants a linear's
 products down and dense, half of the block, need not be done again: a step costs 2.5 forward passes and not 3. What is small and dear is
 kept beside x: x A^T of all four linears, 4 * rank values a token. Where memory is left over (`keep_bytes`), the last blocks keep their
 products and their attention too, and recompute norm and GELU alone: 2 forward passes. What is then still left over keeps weights
-dequantized, which otherwise takes the time of 2 bytes a weight twice a batch, there and back.
+dequantized, which otherwise costs writing and reading 2 bytes a weight in the forward and again in the backward.
 
-The backward works in as few matrices as it can: GELU's overwrites up by g and dg by d up, and d qkv lands beside d up, where the next
-product wants it. What was kept is used up by that; walked back a second time, a block computes everything again.
+The backward works in as few matrices as it can: that of GELU leaves g where up was and d up where dg was, and d qkv lands beside d up,
+where the next product wants it. What was kept is used up by that; walked back a second time, a block computes everything again.
 
 On a CPU every step is PyTorch's own function; on a GPU what stands between the products is in `kernels/`: norm, GELU, rotary positions and
 dropout. Nothing is left to torch.compile, which would compile anew for each shape that a batch has.
@@ -61,16 +61,16 @@ def gelu_into(u: Tensor, out: Tensor) -> None:
         out.copy_(F.gelu(u))
 
 
-def gelu_backward_(u: Tensor, grad: Tensor, inner: Tensor | None, A: Tensor | None) -> None:
-    """grad, of g = gelu(u), becomes that of u once inner A, the part that comes through LoRA, is added to it; and u becomes g."""
+def gelu_backward_(u: Tensor, grad: Tensor, dxa: Tensor | None, A: Tensor | None) -> None:
+    """Add dxa A, LoRA's part, to grad, the gradient of g = gelu(u); turn it into that of u; and leave g in u."""
     if u.is_cuda:
         from minqlora.kernels.gelu import gelu_backward_ as kernel
 
-        return kernel(u, grad, inner, A)
+        return kernel(u, grad, dxa, A)
     if A is not None:
-        grad += inner @ A
+        grad += dxa @ A
     with torch.enable_grad():
-        leaf = u.detach().clone().requires_grad_()
+        leaf = u.detach().requires_grad_()
         g = F.gelu(leaf)
         grad.copy_(torch.autograd.grad(g, leaf, grad)[0])
     u.copy_(g.detach())
@@ -102,6 +102,8 @@ class Attended:
             # (batch, heads or kv_heads, tokens, head_dim); keys and values then for every head.
             query, key, value = (x.unflatten(0, shape).transpose(1, 2) for x in (query, key, value))
             read = query, attention.for_every_head(key), attention.for_every_head(value)
+            if shape[1] == 1:
+                read = tuple(x.contiguous() for x in read)           # see FalconAttention.mix_one
         else:
             read = (qkv.unflatten(0, shape),)
         with torch.set_grad_enabled(keep):
@@ -143,7 +145,7 @@ class FusedBlock:
         self.attention = block.self_attention
         up, down = block.mlp.dense_h_to_4h, block.mlp.dense_4h_to_h
         qkv, dense = block.self_attention.query_key_value, block.self_attention.dense
-        # Where there are two norms, their linears are numbered through: up first.
+        # up before qkv in either case: the order of seeds, adapters and gradients.
         if block.config.num_ln_in_parallel_attn == 2:
             self.norms, self.readers = [block.ln_mlp, block.ln_attn], [Product([up], True), Product([qkv], True)]
         else:
@@ -161,9 +163,9 @@ class FusedBlock:
         self.products = [*self.readers, self.writer]
         self.weight_numel = sum(product.rows * product.full_width for product in self.products)
 
-    def drops(self) -> tuple[float, ...]:
-        """The rate of dropout of each linear, in the order of `adapters`."""
-        linears = [linear for product in (*self.readers, self.writer) for linear in product.linears]
+    def dropout_rates(self) -> tuple[float, ...]:
+        """Of up, qkv, down and dense, as they drop now."""
+        linears = [linear for product in self.products for linear in product.linears]
         return tuple(linear.dropout if drops(linear) else 0.0 for linear in linears)
 
     def normed(self, x: Tensor) -> list[Tensor]:
@@ -185,7 +187,7 @@ class FusedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, block, context, shape, keep, *adapters):
-        # Seeds (4,) of dropout for up, qkv, down, dense, drawn where they are used.
+        # Seeds (4,) of dropout for up, qkv, down, dense, drawn on x's device: the host does not wait for them.
         writer, seeds = block.writer, torch.randint(2**31, (4,), device=x.device)
         inputs = block.normed(x)
         for h, product, some in zip(inputs, block.readers, block.seeds, strict=True):
@@ -198,7 +200,7 @@ class FusedForward(torch.autograd.Function):
         writer.add_lora_columns(g, seeds[2:])
         out = writer.onto(x, g)
 
-        ctx.block, ctx.context, ctx.shape, ctx.dropped = block, context, shape, block.drops()
+        ctx.block, ctx.context, ctx.shape, ctx.dropped = block, context, shape, block.dropout_rates()
         ctx.kept = (up, attended) if keep else None
         # Copies of the spare columns: a view would keep all of the matrix it looks at. The adapters are saved so that autograd notices
         # if they change before the backward.
@@ -211,9 +213,9 @@ class FusedForward(torch.autograd.Function):
         block, (x, seeds, writer_xa, *saved) = ctx.block, ctx.saved_tensors
         readers, writer = block.readers, block.writer
         readers_xa = saved[: len(readers)]
-        if ctx.dropped != block.drops():
+        if ctx.dropped != block.dropout_rates():
             raise RuntimeError("the model changed between train() and eval(), or its dropout, between a forward and its backward")
-        # One matrix holds first [dg | da | of the spare columns], then [d up | d qkv].
+        # One matrix holds first [dg | da | dxa of down | dxa of dense], then [d up | d qkv].
         up_rows, rows = readers[0].places[0].stop, sum(product.rows for product in readers)
         matrix = x.new_empty(len(x), max(writer.full_width, rows))
         wide = matrix[:, : writer.full_width]
@@ -231,11 +233,12 @@ class FusedForward(torch.autograd.Function):
             attended = Attended(block.attention, qkv, ctx.shape, ctx.context, keep=True)
 
         first, second = writer.columns
+        # With dropout dxa A is dropped before it is added, which GELU's kernel does not do.
         if drops(writer.linears[0]):
             writer.add_lora_gradient_(wide, 0, seeds[2])
             gelu_backward_(up, wide[:, first], None, None)
         else:
-            gelu_backward_(up, wide[:, first], writer.inner(wide, 0), writer.linears[0].lora_A.to(x.dtype))
+            gelu_backward_(up, wide[:, first], writer.dxa(wide, 0), writer.linears[0].lora_A.to(x.dtype))
         g = up                                                       # what gelu_backward_ left in its place
         writer.add_lora_gradient_(wide, 1, seeds[3])
         writer_adapters = writer.adapter_gradients([g, attended.output], writer_xa, wide, [grad, grad], seeds[2:])
@@ -264,13 +267,12 @@ def fuse(model: Falcon, keep_bytes: int = 0, tokens: int | None = None) -> list[
 
     keep_bytes is the memory to spend on not computing again: as many blocks as fit keep their products, the last ones first, since their
     memory is free again when the backward comes to the others. The last block always keeps its own: its backward, the first,
-    would need as much. If `tokens`, the most of a batch, is given and the products of all blocks do not use up keep_bytes, the rest
+    would need as much. If `tokens`, the most that a batch has, is given and the products of all blocks do not use up keep_bytes, the rest
     keeps weights as they are multiplied: dequantized once, for as many blocks as fit. Decoding with a cache goes on as before.
-    Returns the blocks' fused halves.
+    Returns the FusedBlocks.
 
     The linears are taken as they stand: whoever replaces one afterwards (merge_lora), or changes the values of a base, undoes it first, by
-    `del block.forward`. ValueError
-    for a model that these functions do not cover.
+    `del block.forward`. ValueError for a model that these functions do not cover.
     """
     layers, config = model.transformer.h, model.config
     if not config.parallel_attn or config.bias or config.hidden_dropout or (config.alibi and config.attention_dropout):

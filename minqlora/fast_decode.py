@@ -14,8 +14,9 @@ tokens are drawn by generate.py's own `sample`, outside the recording, in the sa
 the LoRA part on the way into GELU; `kernels/decode_attention.py` turns query and key, writes the cache and attends, over the
 slots that are filled at that time and no others.
 
-**Streams.** The parallel block has two chains that do not need each other until the next norm. Product after product leaves the GPU half
-idle at every change, so the two run side by side (h = norm(x), g = gelu(up), a = attention(qkv), A and B the adapters'):
+**Streams.** The parallel block has two chains that do not need each other until the next norm; the MLP's is the long one. Product after
+product leaves the GPU half idle at every change, so the two run side by side (h = norm(x), g = gelu(up), a = attention(qkv), A and B
+the adapters'):
 
     main     norm -> up ---------------------------> + B_up, GELU -> down --------------------> sum, in the next norm
     side 0            -> qkv -> attention -> dense -------------------------------------------'
@@ -23,20 +24,22 @@ idle at every change, so the two run side by side (h = norm(x), g = gelu(up), a 
 
 **Adapters off the long chain.** At rank 64 they add 6 % to what is read, but eight small products a block, one after the other, would
 cost far more. A of up and qkv stand above each other and are one product. What LoRA adds to up is added on the way into GELU; what it
-adds to down and dense is one product too, and a third part of the sum; qkv adds its own itself. The products read copies in the model's
-dtype, 2 bytes a value of the adapter, B times s = alpha / rank, refreshed at each call.
+adds to down and dense is one product too, and a third part of the sum. qkv adds its own itself, and waits for it: no kernel stands between
+it and attention, and its chain is the short one. The products read copies in the model's dtype, 2 bytes a value of the adapter, B times
+s = alpha / rank, refreshed at each call.
 
-**The ladder**, ms a step, Falcon-7B in 4 bits on one H100, one row, recorded and replayed; in brackets with an adapter of rank 64:
+**The ladder**, ms a step, Falcon-7B in 4 bits on one H100, one row, recorded and replayed; in brackets with an adapter of rank 64. What
+concerns adapters alone has one number:
 
     one stream                                                              2.9
     attention beside up, both before GELU; down and dense side by side      2.50  (3.4)
     a kernel's weights are on their way before the kernel before has ended  2.46  (3.3)   `after_previous` in kernels/few_rows.py
     x A^T in one launch; cuBLAS splits it and adds in a second                    (3.0)
     the side streams have the higher priority                                2.29  (2.89)
-    attention and dense are waited for by the next norm, not by GELU        2.34  (2.73)
+    attention and dense are waited for by the next norm, not by GELU        2.34  (2.73)  dearer without an adapter, cheaper with one
     B of dense and down in one launch of ours, behind all else                    (2.49)
-    h A^T on side 1, so that qkv is not behind it in one stream                   (2.38)
-    that launch by GELU's kernel, on the matrix unit: one kernel less             (2.44)
+    h A^T on side 1                                                               (2.38)
+    B of dense and down by GELU's kernel, not by one of its own                   (2.44)  less code, and dearer
 
 **The prompt** goes through the same blocks, all its tokens as rows, with falcon.py's attention and on one stream, unrecorded: prompts come
 in every length. A short one is bound by what Python can launch, and the blocks here launch less than the written-out ones.
@@ -79,7 +82,7 @@ def gelu(u: Tensor, xa: Tensor | None, B: Tensor | None) -> Tensor:
     if u.is_cuda:
         from minqlora.kernels.decode import gelu as kernel
 
-        return kernel(u) if xa is None else kernel(u, xa, B)
+        return kernel(u, xa, B)
     return F.gelu(u if xa is None else torch.addmm(u, xa, B.T))    # (rows, ffn_hidden_size)
 
 
@@ -167,7 +170,8 @@ class DecodeBlock:
         B_up, B_qkv = (B for group in self.readers for B in group.Bs)
         x, h = add_norm(x, added, self.norms[0])                                      # (rows, hidden_size)
         h_attention = h if len(self.norms) == 1 else add_norm(x, [], self.norms[1])[1]
-        # Every tensor stays in a variable until the streams have joined: its memory is used again only by what comes after all readers.
+        # What two streams touch stays in a variable until they have joined: the allocator knows only the stream that a tensor was made on,
+        # and would give its memory away while another one still reads it.
         with decoder.beside(1):
             # One group of readers where the norm is shared, and then one input.
             xa_up, xa_qkv = (xa for group, some in zip(self.readers, (h, h_attention), strict=False) for xa in group.inner(some))
@@ -279,7 +283,10 @@ class Decoder:
         return x, added
 
     def attend(self, attention: nn.Module, qkv: Tensor) -> Tensor:
-        """The new tokens' keys and values into the cache, and each token's weighted mean: (rows, hidden_size)."""
+        """The new tokens' keys and values into the cache, and each token's weighted mean: (rows, hidden_size).
+
+        Without a context this is a step on a GPU. A prompt has falcon.py's, and so has everything on a CPU.
+        """
         if self.context is None:
             from minqlora.kernels.decode_attention import decode_attention
 

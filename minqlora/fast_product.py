@@ -3,26 +3,29 @@
 `lora.py` is the definition: y = base(x) + scale * B(A(D(x))), D the dropout, for one linear. `fast.py` multiplies by the products below
 instead, and they spare a GPU two things.
 
-**LoRA costs more in traffic than in arithmetic.** Written out, `base(x) + scale * B(A(x))` reads and writes the large output three
-times. But a sum of two products is one product over a longer inner dimension:
+**LoRA costs more in traffic than in arithmetic.** Written out, `base(x) + scale * B(A(x))` writes the large output three
+times and reads it twice. But a sum of two products is one product over a longer inner dimension:
 
     y = x W^T + (D(x) A^T) (scale B)^T = [x | D(x) A^T] [W | scale B]^T              (M, K + rank) times (N, K + rank)^T
 
 for M tokens, K = in_features, N = out_features. The weight is dequantized into a workspace anyway, so `scale B` goes into `rank` more
 columns of it, and x has `rank` spare columns where x A^T is written. One matrix product, accumulated in float32, no pass over y. The
-backward has the same form, dy times [W | scale B]; its spare columns are called `inner`:
+backward has the same form, dy times [W | scale B]; its spare columns are `dxa`, the gradient of xa = D(x) A^T:
 
-    [dy W | inner] = dy [W | scale B]                inner = dy (scale B)    (M, rank)
-    dx = dy W + D(inner A)                           dA = inner^T D(x)       dB = scale dy^T (D(x) A^T)
+    [dy W | dxa] = dy [W | scale B]                  dxa = dy (scale B)      (M, rank)
+    dx = dy W + D(dxa A)                             dA = dxa^T D(x)         dB = scale dy^T xa
+
+(The backward of a dropout is the same dropout, so D stands before dxa A too.)
 
 **Linears that share an input, or add into one output, are one product.** Where a block has one norm (7b, 11B), the projection up and
-query_key_value read the same h; in every parallel block the projection down and dense add into the residual:
+query_key_value read the same h; in every parallel block the projection down and dense add into the residual. Without dropout:
 
     [up | qkv] = [h | h A_up^T | h A_qkv^T] [[W_up, s B_up, 0], [W_qkv, 0, s B_qkv]]^T
     out        = x + [g | a | g A_down^T | a A_dense^T] [W_down | W_dense | s B_down | s B_dense]^T
 
 with h = norm(x), g = gelu(up), a = attention(qkv), s = scale. Such a set of linears is a `Product`; fast.py calls the two the readers
-(of h) and the writer (into x). What is shared is read once for the gradients of A and B, too.
+(of h) and the writer (into x). What is shared is read once for the gradients of A and B, too (for A only without dropout: each linear
+drops its own).
 """
 
 import torch
@@ -68,7 +71,7 @@ def dequantize_into(base: nn.Module, out: Tensor) -> None:
 class Product:
     """Some LoRA linears as one matrix product: they share an input and stand above each other, or they add into one output.
 
-    apart, of those that add: one after the other instead, so that the weight of one alone is dequantized at a time.
+    apart, for linears that add: one product after the other instead, so that the weight of one alone is dequantized at a time.
     """
 
     def __init__(self, linears: list[LoRALinear], share_input: bool, apart: bool = False):
@@ -76,13 +79,13 @@ class Product:
         ins, outs = [linear.in_features for linear in linears], [linear.out_features for linear in linears]
         self.width = ins[0] if share_input else sum(ins)             # of the input, before the spare columns
         self.rows = sum(outs) if share_input else outs[0]            # of the weight: features of the output
-        ranks = [linear.lora_A.shape[0] for linear in linears]
-        self.full_width = self.width + sum(ranks)
-        # For each linear: its columns of the input, its spare columns, its rows of the weight.
+        self.ranks = [linear.lora_A.shape[0] for linear in linears]
+        self.full_width = self.width + sum(self.ranks)
+        # For each linear: its columns of the input, its spare columns, its rows of the weight, which are its columns of the output.
         self.columns = [slice(0, ins[0])] * len(linears) if share_input else slices(ins)
-        self.spare = slices(ranks, self.width)
-        self.kept_weight = None                                      # `weight` as it was, where memory is left over for it
+        self.spare = slices(self.ranks, self.width)
         self.places = slices(outs) if share_input else [slice(0, outs[0])] * len(linears)
+        self.kept_weight = None                                      # where memory is left over: what `dequantized` gave, for good
 
     def add_lora_columns(self, x: Tensor, seeds: Tensor) -> None:
         """Fill the spare columns of x (M, full_width) with dropout(x) A^T, for each linear."""
@@ -96,14 +99,14 @@ class Product:
         return torch.cat([linear.lora_A for linear in self.linears]).to(dtype)          # (sum of ranks, width)
 
     def weight(self, like: Tensor) -> Tensor:
-        """[W | scale B], (rows, full_width): a workspace that the caller drops, or the kept one with B as it is now."""
+        """[W | scale B], (rows, full_width): a workspace that the caller frees, or the kept one; B as it is now."""
         weight = self.dequantized(like) if self.kept_weight is None else self.kept_weight
         for linear, spare, places in zip(self.linears, self.spare, self.places, strict=True):
             torch.mul(linear.lora_B.detach(), linear.scale, out=weight[places, spare])
         return weight
 
     def dequantized(self, like: Tensor) -> Tensor:
-        """[W | 0], and what belongs to scale B undefined."""
+        """[W | scale B] with the places of scale B left unset; where the input is shared, 0 in the other linears' spare columns."""
         weight = like.new_empty(self.rows, self.full_width)
         for i, (linear, columns, places) in enumerate(zip(self.linears, self.columns, self.places, strict=True)):
             dequantize_into(linear.base, weight[places, columns])
@@ -131,22 +134,22 @@ class Product:
             torch.mm(grad, (linear.lora_B * linear.scale).to(grad.dtype), out=wide[:, spare])
 
     def alone(self, linear: LoRALinear, like: Tensor) -> Tensor:
-        """W of one linear: (out_features, in_features), a workspace that the caller drops."""
+        """W of one linear: (out_features, in_features), a workspace that the caller frees."""
         weight = like.new_empty(linear.out_features, linear.in_features)
         dequantize_into(linear.base, weight)
         return weight
 
-    def inner(self, wide: Tensor, i: int) -> Tensor:
-        """Of the gradient of a widened input, what belongs to linear i's x A^T: (M, rank)."""
+    def dxa(self, wide: Tensor, i: int) -> Tensor:
+        """Of the gradient of a widened input, what belongs to linear i's xa: (M, rank)."""
         return wide[:, self.spare[i]]
 
     def add_lora_gradient_(self, wide: Tensor, i: int, seed: Tensor) -> None:
-        """Add inner A to the gradient of linear i's input."""
+        """Add dxa A to the gradient of linear i's input."""
         linear, columns = self.linears[i], wide[:, self.columns[i]]
         if drops(linear):
-            columns += dropped(self.inner(wide, i) @ linear.lora_A.to(wide.dtype), linear, seed)
+            columns += dropped(self.dxa(wide, i) @ linear.lora_A.to(wide.dtype), linear, seed)
         else:
-            columns.addmm_(self.inner(wide, i), linear.lora_A.to(wide.dtype))
+            columns.addmm_(self.dxa(wide, i), linear.lora_A.to(wide.dtype))
 
     def add_lora_gradients_(self, wide: Tensor, seeds: Tensor) -> None:
         """The same for all linears, which share their input: one pass over it where nothing is dropped."""
@@ -160,18 +163,17 @@ class Product:
         """Of lora_A and lora_B of each linear in turn.
 
         inputs (M, in_features) and grads, the outputs' gradients (M, out_features), are one for each linear, the same tensor where it is
-        shared; xa (M, sum of ranks) is x A^T of each; wide the gradient of the widened input. What is shared is read once.
+        shared; xa (M, sum of ranks) is that of each; wide the gradient of the widened input. What is shared is read once.
         """
-        ranks = [part.stop - part.start for part in self.spare]
         if self.share_input and not any(map(drops, self.linears)):
-            grads_A = (wide[:, self.width :].T @ inputs[0]).split(ranks)
+            grads_A = (wide[:, self.width :].T @ inputs[0]).split(self.ranks)
         else:
-            grads_A = [self.inner(wide, i).T @ dropped(x, linear, seed)
+            grads_A = [self.dxa(wide, i).T @ dropped(x, linear, seed)
                        for i, (x, linear, seed) in enumerate(zip(inputs, self.linears, seeds, strict=True))]
         if self.share_input:
-            grads_B = [grad.T @ some for grad, some in zip(grads, xa.split(ranks, dim=1), strict=True)]
+            grads_B = [grad.T @ some for grad, some in zip(grads, xa.split(self.ranks, dim=1), strict=True)]
         else:
-            grads_B = (grads[0].T @ xa).split(ranks, dim=1)
-        return [gradient.to(matrix.dtype, memory_format=torch.contiguous_format)
+            grads_B = (grads[0].T @ xa).split(self.ranks, dim=1)
+        return [gradient.to(matrix.dtype)
                 for linear, grad_A, grad_B in zip(self.linears, grads_A, grads_B, strict=True)
                 for gradient, matrix in ((grad_A, linear.lora_A), (grad_B * linear.scale, linear.lora_B))]
