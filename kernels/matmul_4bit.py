@@ -154,12 +154,11 @@ product = torch.library.custom_op("minqlora::matmul_4bit", run, mutates_args=())
 
 def add_product(bias, x, weight, xa, lora_B, scale) -> Tensor:
     """bias + scale xa lora_B^T + x W^T, all into one output. The small terms go first: what comes last is rounded once only."""
+    begin, beta = (x.new_zeros(()), 0) if bias is None else (bias, 1)
     if xa is None:
-        return torch.mm(x, weight.T) if bias is None else torch.addmm(bias, x, weight.T)
-    B = lora_B.to(x.dtype).T
-    if bias is None:
-        return torch.mm(xa, B).addmm_(x, weight.T, beta=scale)
-    return torch.addmm(bias, xa, B, alpha=scale).addmm_(x, weight.T)
+        return torch.addmm(begin, x, weight.T, beta=beta)
+    y = torch.addmm(begin, xa, lora_B.to(x.dtype).T, beta=beta, alpha=scale)
+    return y.addmm_(x, weight.T)
 
 
 def fused_kernel(x: Tensor, packed: Tensor, out_features: int, blocksize: int):
