@@ -30,7 +30,8 @@ def quantize_by_hand(model, dtype=torch.bfloat16) -> None:
             (block.mlp, "dense_h_to_4h"), (block.mlp, "dense_4h_to_h"),
         ):  # fmt: skip
             old = getattr(parent, name)
-            new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=dtype, quant_type="nf4")
+            with torch.device("meta"):                               # or it would draw 7 billion random weights on the CPU, half a minute
+                new = bnb.nn.Linear4bit(old.in_features, old.out_features, bias=False, compute_dtype=dtype, quant_type="nf4")
             new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4")
             setattr(parent, name, new.to(old.weight.device))
             old.weight.data = torch.empty(0)
