@@ -3,16 +3,16 @@
 A decode step has one row a prompt, and its time is that of reading the weights. Everything else has to stay out of the way: each launch
 costs some 2 µs before it does anything, and a block of Falcon-7B written out has a dozen of them beside its products.
 
-**Residual and norm.** What the last block added, its attention, its MLP and LoRA's part of that, is not added where it is made. The next
-norm reads them all, and writes their sum beside the normalized row:
+**Residual and norm.** What the last block adds (attention, MLP, LoRA's part of both) is not summed where it is made. The next norm reads
+the pieces, and writes their sum beside the normalized row:
 
     x' = x + first + second + third            out = layer_norm(x')
 
 The definition is PyTorch's sum and `F.layer_norm`; here the sum is rounded once. One program takes one row, in registers.
 
 **GELU and LoRA.** out = gelu(u + xa B^T), with u = h W_up^T from the 4-bit product and xa = h A^T (M, rank). The 4-bit product could add
-the LoRA part itself, and then would have to wait for xa, a small product that takes its launch to start and end. Added here, where u is
-read anyway, xa is made beside the 4-bit product. A program computes a tile of BLOCK_M x BLOCK_N and reads BLOCK_N rows of B.
+the LoRA part itself, but would then wait for xa, a small product that is mostly launch. Added here, where u is read anyway, the LoRA part
+leaves xa to be computed beside the 4-bit product. A program computes a tile of BLOCK_M x BLOCK_N and reads BLOCK_N rows of B.
 
 **LoRA's outer product**, xa B^T, of two linears whose outputs are added anyway, attention's last and the MLP's: the same kernel without u
 and GELU, and with a second pair. One launch for both; B is on its way before xa is there.
@@ -154,6 +154,13 @@ def outer(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 def launch_outer(u: Tensor | None, pairs: list[tuple[Tensor, Tensor]], m: int, n: int, activate: bool) -> Tensor:
     assert len(pairs) <= 2 and (u is None or u.is_contiguous())
+    if any(B.shape[1] > 128 for _, B in pairs):
+        # The tiles of B grow with the rank, and would not fit into every GPU's shared memory.
+        for xa, B in pairs:
+            u = xa @ B.T if u is None else torch.addmm(u, xa, B.T)
+        if not activate:
+            return u
+        pairs = []
     for xa, B in pairs:
         assert xa.stride(1) == 1 and B.is_contiguous() and len(xa) == m and B.shape == (n, xa.shape[1])
     (xa, B), (xa2, B2) = [*pairs, (None, None), (None, None)][:2]

@@ -343,8 +343,8 @@ class Falcon(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
         """Logits. `attention_mask` (batch, tokens) is 0 on padding; with a cache it speaks of this call's tokens alone.
 
-        Where records share a row, it is 1 for the tokens of the first, 2 for those of the second, ...: a token sees those of its own
-        number. Positions go on: rotary and ALiBi know differences alone (up to ALiBi's rounding, beyond position 256).
+        Where records share a row, it is 1 for the tokens of the first, 2 for those of the second, ...: a token sees only tokens with its
+        number. Positions do not restart at a record: rotary and ALiBi depend on differences alone (up to ALiBi's rounding, beyond 256).
 
         A batch padded on the right needs no mask: no token looks to its right. Without one attention takes its fastest path.
         """
@@ -355,16 +355,17 @@ class Falcon(nn.Module):
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             raise ValueError(f"attention_mask {tuple(attention_mask.shape)} is not of input_ids' shape {tuple(input_ids.shape)}")
         x = self.transformer.word_embeddings(input_ids)                               # (batch, tokens, hidden_size)
-        context = self._context(input_ids.shape[1], attention_mask, cache, x)
+        context = self.context(input_ids.shape[1], attention_mask, cache, x)
         recompute = self.checkpointing and torch.is_grad_enabled()
         for block in self.transformer.h:
             x = checkpoint(block, x, context, use_reentrant=False) if recompute else block(x, context)
         return self.transformer.ln_f(x)
 
-    def _context(self, tokens: int, record: Tensor | None, cache: KeyValueCache | None, x: Tensor) -> Context:
-        config = self.config
+    def context(self, tokens: int, attention_mask: Tensor | None, cache: KeyValueCache | None, like: Tensor) -> Context:
+        """What every block wants to know of the next `tokens` tokens; `like` gives device and dtype, attention_mask is as in forward."""
+        config, record = self.config, attention_mask
         past = cache is not None and not cache.empty
-        slots = torch.arange(tokens, device=x.device)
+        slots = torch.arange(tokens, device=like.device)
         if cache is not None:
             slots, present = cache.reserve(tokens, record)
             record = present if past else record
@@ -372,17 +373,17 @@ class Falcon(nn.Module):
         positions = slots[None] if record is None else ((record > 0).cumsum(dim=1) - 1) * (record > 0)
         mask = None
         if record is not None or config.alibi:
-            key_slots = torch.arange(positions.shape[1], device=x.device)
+            key_slots = torch.arange(positions.shape[1], device=like.device)
             mask = (key_slots <= slots[:, None])[None, None]                          # (1, 1, tokens, length)
             if record is not None:
                 # Padding sees padding, itself at least: a row of scores that are all masked would be NaN.
                 mask = mask & (record[:, slots, None] == record[:, None])[:, None]    # (batch, 1, tokens, length)
         rotary = None
         if config.alibi:
-            bias = alibi_bias(positions, config.num_attention_heads, config.head_dim, x.dtype)
+            bias = alibi_bias(positions, config.num_attention_heads, config.head_dim, like.dtype)
             mask = bias.masked_fill(~mask, -torch.inf)                                # (batch, heads, tokens, length)
         else:
-            rotary = rotary_angles(positions[:, slots], config.head_dim, config.rope_theta, x.dtype)
+            rotary = rotary_angles(positions[:, slots], config.head_dim, config.rope_theta, like.dtype)
         return Context(rotary, mask, cache, past, slots)
 
     def new_cache(self, batch: int, length: int) -> KeyValueCache:

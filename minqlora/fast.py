@@ -1,6 +1,6 @@
 """14. The same block for training on a GPU, in fewer and larger steps. (`fast_loss.py` does it for the loss.)
 
-`falcon.py` and `lora.py` are the definition. They spend a GPU's time badly in two places, and this file is their pair: a hand-written
+`falcon.py` and `lora.py` are the definition. They waste a GPU's time in two places, and here is their fast version: a hand-written
 forward and backward of a whole parallel block, installed over a Falcon by `fuse(model)` and tested equal to it.
 
 **LoRA and the linears** are as few matrix products as they can be: `fast_product.py`. In its words a block has one or two *readers*, the
@@ -13,8 +13,8 @@ kept beside x: x A^T of all four linears, 4 * rank values a token. Where memory 
 products and their attention too, and recompute norm and GELU alone: 2 forward passes. What is then still left over keeps weights
 dequantized, which otherwise costs writing and reading 2 bytes a weight in the forward and again in the backward.
 
-The backward works in as few matrices as it can: that of GELU leaves g where up was and d up where dg was, and d qkv lands beside d up,
-where the next product wants it. What was kept is used up by that; walked back a second time, a block computes everything again.
+The backward reuses memory: GELU's overwrites up with g, and dg with d up; d qkv is written beside d up, so that one product reads both.
+This destroys what was kept. A second backward of the same block (retain_graph) therefore computes everything again.
 
 On a CPU every step is PyTorch's own function; on a GPU what stands between the products is in `kernels/`: norm, GELU, rotary positions and
 dropout. Nothing is left to torch.compile, which would compile anew for each shape that a batch has.

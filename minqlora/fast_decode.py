@@ -1,6 +1,6 @@
 """16. Decoding on a GPU: one step, recorded once, replayed for each token.
 
-generate.py is the definition and falcon.py its model; this is their pair for a GPU. A decode step of Falcon-7B reads 3.4 GB of packed
+generate.py is the definition and falcon.py its model; this is their version for a GPU. A decode step of Falcon-7B reads 3.4 GB of packed
 weights and 0.6 GB of head, 1.3 ms at the 3 TB/s of an H100, and consists of some 400 launches, which take Python far longer. So the
 step, from the ids to the logits, is recorded as a CUDA graph. A replay launches the same kernels on the same addresses, without Python: so
 the cache stays where it is, how full it is stands on the GPU, and what changes between steps is copied into place. What else it takes:
@@ -22,11 +22,11 @@ the adapters'):
     side 0            -> qkv -> attention -> dense -------------------------------------------'
     side 1   -> h A^T '                  '-> a A^T                -> g A^T -> B_dense, B_down -'
 
-**Adapters off the long chain.** At rank 64 they add 6 % to what is read, but eight small products a block, one after the other, would
-cost far more. A of up and qkv stand above each other and are one product. What LoRA adds to up is added on the way into GELU; what it
-adds to down and dense is one product too, and a third part of the sum. qkv adds its own itself, and waits for it: no kernel stands between
-it and attention, and its chain is the short one. The products read copies in the model's dtype, 2 bytes a value of the adapter, B times
-s = alpha / rank, refreshed at each call.
+**Adapters off the long chain.** At rank 64 they add 6 % to what is read, but eight small products a block, one after the other, would cost
+far more. A of up and qkv stand above each other and are one product. What LoRA adds to up is added on the way into GELU; what it adds to
+down and dense is one product too, and a third part of the sum. qkv adds its part inside its own product, and waits for h A^T: no kernel
+follows that could add it, and this chain has time. The products read copies in the model's dtype, 2 bytes a value of the adapter, B times s
+= alpha / rank, refreshed at each call.
 
 **The ladder**, ms a step, Falcon-7B in 4 bits on one H100, one row, recorded and replayed; in brackets with an adapter of rank 64. What
 concerns adapters alone has one number:
@@ -39,7 +39,7 @@ concerns adapters alone has one number:
     attention and dense are waited for by the next norm, not by GELU        2.34  (2.73)  dearer without an adapter, cheaper with one
     B of dense and down in one launch of ours, behind all else                    (2.49)
     h A^T on side 1                                                               (2.38)
-    B of dense and down by GELU's kernel, not by one of its own                   (2.44)  less code, and dearer
+    B of dense and down by GELU's kernel, not by one of its own                   (2.44)  dearer, but less code: what runs
 
 **The prompt** goes through the same blocks, all its tokens as rows, with falcon.py's attention and on one stream, unrecorded: prompts come
 in every length. A short one is bound by what Python can launch, and the blocks here launch less than the written-out ones.
@@ -247,7 +247,7 @@ class Decoder:
             self.record(model)
         self.cache.clear()
         tokens = input_ids.shape[1]
-        self.context = model._context(tokens, attention_mask, self.cache, model.transformer.word_embeddings.weight)
+        self.context = model.context(tokens, attention_mask, self.cache, model.transformer.word_embeddings.weight)
         # One stream: products of so many rows fill the GPU one by one.
         streams, self.streams = self.streams, []
         try:
@@ -267,7 +267,7 @@ class Decoder:
         if self.ids.is_cuda:
             self.positions.index_copy_(1, cache.filled[None], self.next[:, None])
         else:
-            self.context = model._context(1, None, cache, model.transformer.word_embeddings.weight)
+            self.context = model.context(1, None, cache, model.transformer.word_embeddings.weight)
         x, added = self.through_blocks(model, self.ids)                               # (batch, hidden_size) each
         _, h = add_norm(x, added, model.transformer.ln_f)
         if self.ids.is_cuda:

@@ -1,15 +1,15 @@
 """15. The loss for training on a GPU: without all the logits, and without waiting for the host.
 
-The pair of train.py's `answer_loss`, twice.
+Two faster versions of train.py's `answer_loss`, each equal to it.
 
 **The logits are the largest tensor of a step**: 65024 values a token, 2.1 GB in float32 at 8192 tokens, and the loss wants one number of
 each row. `fused_loss` makes them for `chunk` tokens at a time and takes the gradient at once, while they are there: softmax - one-hot
 overwrites the logits, and one product turns it into the gradient of the hidden states. Nothing of it is kept.
 
-**At 512 tokens a step the GPU waits for Python.** A step of Falcon-7B launches some 3 000 kernels; on a H100 they take 56 ms, and
-launching them 300. `GraphedLoss` records the forward and the backward of a batch's shape once, as a CUDA graph, and replays it: one launch.
-A replay computes loss and gradients together, and `loss.backward()` hands the gradients over, so the training loop does not change.
-Rows are padded to a multiple of 64 tokens, so that a few recordings serve all batches.
+**At 512 tokens a step the GPU waits for Python.** A step of Falcon-7B launches thousands of kernels, which take 54 ms on an H100; launching
+them takes Python several times as long. `GraphedLoss` records the forward and the backward of a batch's shape once, as a CUDA graph, and
+replays it: one launch. A replay computes loss and gradients together, and `loss.backward()` hands the gradients over, so the training loop
+does not change. Rows are padded to a multiple of 64 tokens, so that a few recordings serve all batches.
 """
 
 import torch
@@ -72,8 +72,8 @@ class GraphedLoss:
     """fused_loss for a model in training on a GPU, replayed from a recording a shape. Batches above `most_tokens` are computed as usual.
 
     Where a batch is that large the GPU is busy long enough for the host to keep ahead, and a recording would only hold on to memory.
-    `blocks` is what `fuse(model)` returned; alpha and dropout stay what they are at the first recording. RuntimeError if a loss is not
-    walked back, once, before the next is computed: all leave their gradients in one place.
+    `blocks` is what `fuse(model)` returned. Each recording keeps alpha and dropout as they were: do not change them afterwards. All losses
+    leave their gradients in one place: RuntimeError from the backward of one that is not the last, or that was walked back before.
     """
 
     def __init__(self, model: Falcon, blocks: list[FusedBlock], most_tokens: int = 4096):
@@ -106,13 +106,15 @@ class GraphedLoss:
             if parameter.grad is gradient:
                 parameter.grad = gradient.clone()
         if ids.shape not in self.recordings:
-            self.recordings[ids.shape] = self.record(ids, labels)
+            with torch.cuda.device_of(ids):                                       # streams and recordings go to the current device
+                self.recordings[ids.shape] = self.record(ids, labels)
         self.turn += 1
         # A graph reads and writes the same addresses each time: a batch is copied in, the loss out.
         graph, static_ids, static_labels, loss = self.recordings[ids.shape]
         static_ids.copy_(ids)
         static_labels.copy_(labels)
-        graph.replay()
+        with torch.cuda.device_of(ids):
+            graph.replay()
         return loss.clone()
 
     def record(self, ids: Tensor, labels: Tensor):

@@ -74,7 +74,7 @@ def generate_steps(
     model.eval()
     try:
         if input_ids.is_cuda:
-            # Here, not at the top: the pair knows this file, and nobody on a CPU needs it.
+            # Here, not at the top: fast_decode imports this file, and nobody on a CPU needs it.
             from minqlora.fast_decode import decode_steps
 
             how = (max_new_tokens, temperature, top_p, eos, generator)

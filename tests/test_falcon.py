@@ -202,7 +202,7 @@ def test_a_lone_token_gets_the_value_of_its_group(changes, kv_heads):
         attention.query_key_value.bias.copy_(rows)
         attention.dense.weight.copy_(torch.eye(24))
     x = torch.zeros(1, 1, 24)
-    mixed = attention(x, model._context(1, None, None, x))
+    mixed = attention(x, model.context(1, None, None, x))
     values = rows.view(kv_heads, -1, 4)[:, -1]    # head_dim 4
     assert mixed.flatten().tolist() == values.repeat_interleave(6 // kv_heads, dim=0).flatten().tolist()
 

@@ -195,7 +195,7 @@ def test_numbers_that_plan_repeats_are_those_of_their_modules():
 def entry_of_block(model, flags):
     """An input for a block, and what a call shares among the blocks."""
     x = torch.randn(flags.batch_size, flags.length, model.config.hidden_size, dtype=flags.dtype, requires_grad=True)
-    return x, model._context(flags.length, None, None, x)
+    return x, model.context(flags.length, None, None, x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
