@@ -60,8 +60,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise ValueError(f"--top-p {args.top_p}: it must be more than 0 and at most 1")
     if args.max_new_tokens is not None and args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens {args.max_new_tokens}: it must be at least 1")
-    if args.merge and (Path(args.merge) / "config.json").exists():
-        raise ValueError(f"--merge {args.merge}: a model is there already; choose another place")
+    if args.merge:
+        place = Path(args.merge)
+        # Beside an adapter transformers would open that too, and put it on top of what holds it already.
+        found = {"a file": place.is_file(), "a model": (place / "config.json").exists(), "an adapter": (place / CONFIG).exists()}
+        for what in filter(found.get, found):
+            raise ValueError(f"--merge {args.merge}: {what} is there already; choose another place")
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: there is no CUDA device here")
     return args

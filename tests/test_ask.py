@@ -163,6 +163,10 @@ def test_the_merged_model_opens_in_transformers_with_the_same_logits(dtype, star
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("bond").input_ids == load_tokenizer(small_falcon).encode("bond").ids
     status, _, err = start("--adapter", adapter, "--merge", tmp_path / "merged")
     assert status == 1 and "a model is there already" in err
+    status, _, err = start("--adapter", adapter, "--merge", adapter)
+    assert status == 1 and "an adapter is there already" in err and not (adapter / "config.json").exists()
+    status, _, err = start("--adapter", adapter, "--merge", adapter / "adapter_config.json")
+    assert status == 1 and "a file is there already" in err
 
 
 @pytest.mark.parametrize("argv, message", [
