@@ -256,7 +256,10 @@ def main() -> int:
     path = results_path("training", head, args.output)
     print(f"{about(head)}\n{COLUMNS}", flush=True)
     for stack, its_rows in rows_of.items():
-        for found in rows_of_child(__file__, [*sys.argv[1:], "--stacks", stack, "--one"]) if its_rows else ():
+        if not its_rows:
+            print(f"{'':>8} {stack:>9} is measured at {ONE_ROW} alone", flush=True)
+            continue
+        for found in rows_of_child(__file__, [*sys.argv[1:], "--stacks", stack, "--one"]):
             rows.append({"row": "all", "stack": stack} | found)
             print(line(head, rows[-1]), flush=True)
             write_results(path, head, rows)

@@ -64,8 +64,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         place = Path(args.merge)
         # Beside an adapter transformers would open that too, and put it on top of what holds it already.
         found = {"a file": place.is_file(), "a model": (place / "config.json").exists(), "an adapter": (place / CONFIG).exists()}
-        for what in filter(found.get, found):
-            raise ValueError(f"--merge {args.merge}: {what} is there already; choose another place")
+        for what, there in found.items():
+            if there:
+                raise ValueError(f"--merge {args.merge}: {what} is there already; choose another place")
     if torch.device(args.device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {args.device}: there is no CUDA device here")
     return args

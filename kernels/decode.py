@@ -67,7 +67,7 @@ def inner_kernel(x, A, out, m, k, first_rank, BLOCK_M: tl.constexpr, BLOCK_K: tl
     rows = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)                # (BLOCK_M,)
     columns = tl.arange(0, BLOCK_K)                                                         # (BLOCK_K,)
     row_of_A = A + r.to(tl.int64) * k
-    a = tl.load(row_of_A + columns, mask=columns < k, other=0).to(tl.float32)                    # (BLOCK_K,)
+    a = tl.load(row_of_A + columns, mask=columns < k, other=0).to(tl.float32)               # (BLOCK_K,)
     if OVERLAP:
         after_previous()                                                                    # A was there before; x may be new
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -75,7 +75,7 @@ def inner_kernel(x, A, out, m, k, first_rank, BLOCK_M: tl.constexpr, BLOCK_K: tl
         at = start + columns
         values = tl.load(x + rows[:, None] * k + at[None, :], mask=(rows < m)[:, None] & (at < k)[None, :], other=0)
         acc += values.to(tl.float32) * a[None, :]
-        a = tl.load(row_of_A + at + BLOCK_K, mask=at + BLOCK_K < k, other=0).to(tl.float32)      # of the next stretch
+        a = tl.load(row_of_A + at + BLOCK_K, mask=at + BLOCK_K < k, other=0).to(tl.float32) # of the next stretch
     second = r >= first_rank
     begin, column = tl.where(second, m * first_rank, 0), tl.where(second, r - first_rank, r)
     width = tl.where(second, total - first_rank, first_rank)
@@ -155,7 +155,7 @@ def outer(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 def launch_outer(u: Tensor | None, pairs: list[tuple[Tensor, Tensor]], m: int, n: int, activate: bool) -> Tensor:
     assert len(pairs) <= 2 and (u is None or u.is_contiguous())
     if any(B.shape[1] > 128 for _, B in pairs):
-        # The tiles of B grow with the rank, and would not fit into every GPU's shared memory.
+        # The tiles of B grow with the rank, and would not fit into every GPU's shared memory. cuBLAS rounds after each product.
         for xa, B in pairs:
             u = xa @ B.T if u is None else torch.addmm(u, xa, B.T)
         if not activate:

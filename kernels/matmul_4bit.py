@@ -154,7 +154,7 @@ product = torch.library.custom_op("minqlora::matmul_4bit", run, mutates_args=())
 
 def add_product(bias, x, weight, xa, lora_B, scale) -> Tensor:
     """bias + scale xa lora_B^T + x W^T, all into one output. The small terms go first: what comes last is rounded once only."""
-    begin, beta = (x.new_zeros(()), 0) if bias is None else (bias, 1)
+    begin, beta = (x.new_zeros(()), 0) if bias is None else (bias, 1)             # at a beta of 0 nobody reads `begin`
     if xa is None:
         return torch.addmm(begin, x, weight.T, beta=beta)
     y = torch.addmm(begin, xa, lora_B.to(x.dtype).T, beta=beta, alpha=scale)
